@@ -1,0 +1,114 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "phalanx/comm/group.h"
+#include "phalanx/ops/ops.h"
+#include "phalanx/tensor/cut.h"
+
+namespace phalanx::models {
+
+// What engine and start-up report may know of a model.
+struct ModelInfo {
+  std::string model_type;
+  tensor::DType dtype = tensor::DType::kBF16;  // of the checkpoint
+  tensor::DType act = tensor::DType::kBF16;    // of activations and the KV cache
+  int64_t num_layers = 0;
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int64_t num_attention_heads = 0;
+  int64_t num_key_value_heads = 0;
+  int64_t head_dim = 0;
+  int64_t vocab_size = 0;
+  int64_t max_position_embeddings = 0;
+  bool tied_embeddings = false;
+  int64_t parameter_bytes = 0;  // whole checkpoint, as stored
+};
+
+// Who computes which outputs. A pure function of (ModelInfo, weights), the same on every node.
+struct RankLayout {
+  tensor::Range query_heads;
+  tensor::Range kv_heads;       // stored (repeated where ranks share one)
+  tensor::Range hidden_rows;    // of o_proj and down_proj
+  tensor::Range mlp_rows;       // of gate and up
+  tensor::Range vocab_rows;     // of the embedding and the head
+};
+// weights: one per rank. Throws Error(kInvalidArgument) when there are more ranks than query heads.
+[[nodiscard]] std::vector<RankLayout> plan_layout(const ModelInfo& info,
+                                                  std::span<const double> weights);
+
+// Memory one rank needs, computed from the plan alone, before any weight is read.
+struct MemoryNeed {
+  int64_t weight_bytes = 0;       // packed
+  int64_t workspace_bytes = 0;    // activations, scratch, tables
+  int64_t kv_bytes_per_block = 0;
+  int64_t read_bytes = 0;         // to be read from disk for this rank
+};
+
+struct ModelOptions {
+  std::string directory;
+  ops::Isa isa = ops::Isa::kRef;
+  int64_t max_step_tokens = 0;   // largest number of tokens in one step
+  int64_t max_step_rows = 0;     // largest number of sample rows in one step
+  int64_t max_sequence = 0;      // longest sequence (prompt + output)
+  int64_t block_size = 128;
+  std::vector<double> weights;   // of the ranks, for the cut; its size is the world size
+  int rank = 0;
+};
+
+struct StepInputs {
+  std::span<const int32_t> tokens;      // [T]
+  std::span<const int32_t> positions;   // [T]
+  std::span<const int32_t> slots;       // [T] KV slot of each token
+  std::span<const ops::SequenceSlice> sequences;
+  std::span<const int32_t> sample_rows; // [R] indices into tokens
+};
+
+struct LoadStats {
+  int64_t tensors = 0;
+  int64_t bytes_read = 0;
+  double seconds = 0;
+};
+
+// Time of one forward, by what it was spent on.
+struct StepTimes {
+  int64_t compute_ns = 0;
+  int64_t communication_ns = 0;  // transfer and waiting, from the group's statistics
+};
+
+// One rank's part of a model. Used from one thread.
+class Model {
+ public:
+  virtual ~Model() = default;
+  [[nodiscard]] virtual const ModelInfo& info() const = 0;
+  [[nodiscard]] virtual const LoadStats& load_stats() const = 0;
+  // Allocates the paged KV cache. Once, before the first forward.
+  virtual void allocate_kv(int64_t blocks) = 0;
+  // All ranks of `group` call it with equal inputs. logits: f32 [R, vocab] on rank 0, nullptr on
+  // others. Throws what the group throws.
+  virtual void forward(const StepInputs& inputs, float* logits) = 0;
+};
+
+// Reads config.json only. Throws Error naming file, key, found, expected; an unknown model_type is
+// refused with the list of known ones.
+[[nodiscard]] ModelInfo read_model_info(const std::string& directory);
+
+// Verifies the headers of all weight files against the model (names, shapes, dtypes, offsets), all
+// problems at once, without reading weights. Part of every start.
+void check_checkpoint(const std::string& directory);
+
+[[nodiscard]] MemoryNeed memory_need(const ModelInfo& info, const ModelOptions& options);
+
+// Reads and packs this rank's part. progress(bytes done, bytes total), called from the loading
+// thread. `group` and `pool` must outlive the model.
+[[nodiscard]] std::unique_ptr<Model> load_model(
+    const ModelOptions& options, comm::Group& group, ThreadPool& pool,
+    const std::function<void(int64_t, int64_t)>& progress);
+
+}  // namespace phalanx::models
