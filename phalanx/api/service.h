@@ -1,0 +1,70 @@
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "phalanx/api/http_server.h"
+#include "phalanx/engine/engine.h"
+
+namespace phalanx::text {
+class Tokenizer;
+class ChatTemplate;
+}  // namespace phalanx::text
+
+namespace phalanx::api {
+
+// Defaults of generation_config.json, applied where a request says nothing.
+struct GenerationDefaults {
+  std::optional<float> temperature, top_p, repetition_penalty;
+  std::optional<int32_t> top_k;
+  bool do_sample = true;                    // false: greedy unless the request sets temperature
+  std::vector<int32_t> eos_token_ids;       // of generation_config.json, else config.json
+};
+
+// What the dialects need to know of the instance.
+struct ServiceOptions {
+  std::string model_name;
+  std::string model_path;
+  std::string model_dtype;                  // "bfloat16", ...
+  int64_t max_sequence = 2560, max_input_tokens = 2048, max_output_tokens = 512;
+  int64_t max_position_embeddings = 0, vocab_size = 0;
+  int64_t max_batch = 200, max_prefill_batch = 50, max_prefill_tokens = 8192, max_n = 128;
+  int64_t max_link_num = 1000;
+  int64_t npu_mem_size = -1, cpu_mem_size = 0, world_size = 1, cache_block_size = 128;
+  int max_json_depth = 10;
+  int64_t max_request_mb = 40;
+  int truncation = 0;                       // -1 right, 0 refuse, 1 left
+  double token_timeout_s = 600, e2e_timeout_s = 600;
+  GenerationDefaults defaults;
+};
+
+// State of the whole instance as the health routes tell it.
+enum class InstanceState { kStarting, kServing, kDraining, kStopped, kFailed };
+struct InstanceHealth {
+  InstanceState state = InstanceState::kStarting;
+  std::vector<std::string> lost;            // addresses of nodes without contact
+  std::string reason;                       // for kFailed: which node, which rank, why
+};
+
+class Service {
+ public:
+  Service(ServiceOptions options, engine::Engine& engine,
+          std::shared_ptr<const text::Tokenizer> tokenizer,
+          std::shared_ptr<const text::ChatTemplate> chat_template /* may be null */,
+          std::function<InstanceHealth()> health,
+          std::function<std::string()> status_json /* ranks, layout, ledger */,
+          std::function<void()> stop /* GET /stopService */);
+  ~Service();
+  // Mounts every route on its plane. Before server.start().
+  void mount(Server& server);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace phalanx::api

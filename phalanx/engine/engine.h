@@ -1,0 +1,96 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "phalanx/base/clock.h"
+#include "phalanx/engine/request.h"
+#include "phalanx/engine/step_channel.h"
+
+namespace phalanx::engine {
+
+// How the engine gets a step computed; the production one is ChannelExecutor, tests use their own.
+class StepExecutor {
+ public:
+  virtual ~StepExecutor() = default;
+  // Starts the step; returns at once.
+  virtual void send(std::span<const std::byte> plan) = 0;
+  // Logits f32 [rows, vocab], valid until the next send. Throws Error.
+  virtual std::span<const float> wait(Deadline deadline, StepTiming* timing) = 0;
+  virtual void abort(const std::string& reason) noexcept = 0;
+};
+
+struct EngineOptions {
+  int64_t vocab_size = 0;
+  int64_t block_size = 128;
+  int64_t blocks = 0;                  // of the KV cache
+  int64_t max_sequence = 2560;         // maxSeqLen
+  int64_t max_input_tokens = 2048;     // maxInputTokenLen
+  int64_t max_prefill_tokens = 8192;   // maxPrefillTokens: prompt tokens in one step
+  int64_t max_prefill_batch = 50;      // maxPrefillBatchSize: sequences in prefill in one step
+  int64_t max_batch = 200;             // maxBatchSize: sequences running
+  int64_t max_output_tokens = 512;     // maxIterTimes
+  int64_t max_step_tokens = 0;         // of the ranks' buffers; >= max_batch; longer prompts are chunked
+  int64_t max_queue = 2000;            // waiting requests
+  uint64_t generation = 1;
+  double step_seconds = 600;           // longest wait for one step
+  double idle_plan_seconds = 20;       // an idle plan keeps the links checked
+};
+
+struct EngineStats {
+  int64_t running = 0, waiting = 0;
+  int64_t blocks_total = 0, blocks_free = 0;
+  uint64_t received = 0, succeeded = 0, failed = 0, cancelled = 0;
+  uint64_t prompt_tokens = 0, output_tokens = 0, steps = 0, preemptions = 0;
+  uint64_t step_ns = 0, compute_ns = 0, communication_ns = 0;  // sums over steps, as rank 0 saw them
+  uint64_t overhead_ns = 0;                                     // planning and sampling in the head
+};
+
+// The head's engine: queue, scheduler (continuous batching, chunked prefill), KV blocks, sampler.
+// One thread of its own. All methods from any thread.
+class Engine {
+ public:
+  Engine(const EngineOptions& options, StepExecutor& executor);
+  ~Engine();  // stops at once; running requests end with kCancelled
+
+  // `detail` receives a sentence with the numbers when the request is not accepted.
+  [[nodiscard]] SubmitResult submit(GenerateRequest request, std::shared_ptr<EventSink> sink,
+                                    std::string* detail);
+  // The sequence leaves the next plan and its blocks return; its sink gets kCancelled. Unknown ids
+  // are ignored.
+  void cancel(const std::string& id);
+  // No new requests; returns true when none is left before the deadline.
+  bool drain(Deadline deadline);
+  // Ends every request with `error` and refuses new ones. Idempotent. Also called by the engine
+  // itself when the executor throws.
+  void fail(const Error& error);
+  // The error given to fail(), if any.
+  [[nodiscard]] std::optional<Error> failure() const;
+  // Called once, from the engine thread, when the engine fails by itself.
+  void on_failure(std::function<void(const Error&)> callback);
+
+  [[nodiscard]] EngineStats stats() const;
+  [[nodiscard]] const EngineOptions& options() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Sends plans through the shared memory of StepChannelHead.
+class ChannelExecutor final : public StepExecutor {
+ public:
+  explicit ChannelExecutor(StepChannelHead& channel) : channel_(channel) {}
+  void send(std::span<const std::byte> plan) override { channel_.send(plan); }
+  std::span<const float> wait(Deadline deadline, StepTiming* timing) override {
+    return channel_.wait_logits(deadline, timing);
+  }
+  void abort(const std::string& reason) noexcept override { channel_.abort(reason); }
+
+ private:
+  StepChannelHead& channel_;
+};
+
+}  // namespace phalanx::engine

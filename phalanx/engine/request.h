@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "phalanx/base/error.h"
+
+namespace phalanx::engine {
+
+// What a client may ask of sampling. Defaults are "no effect"; the API fills in the model's
+// generation_config.json before it submits. Formulas: sampler.h.
+struct SamplingParams {
+  float temperature = 1.0f;          // 0: greedy
+  int32_t top_k = -1;                // -1: off
+  float top_p = 1.0f;
+  float min_p = 0.0f;
+  float repetition_penalty = 1.0f;   // over prompt and output
+  float presence_penalty = 0.0f;     // over output
+  float frequency_penalty = 0.0f;    // over output
+  std::optional<uint64_t> seed;      // drawn at admission if absent
+  int32_t max_tokens = 16;           // output tokens, > 0
+  int32_t min_tokens = 0;
+  std::vector<int32_t> stop_token_ids;  // with the model's EOS ids already added unless ignore_eos
+  int32_t logprobs = -1;             // -1: none; n: the chosen token's and the n best
+  int32_t prompt_logprobs = -1;      // reserved for echo; -1: none
+};
+
+struct GenerateRequest {
+  std::string id;                    // unique among running requests
+  std::vector<int32_t> prompt;       // token ids, not empty
+  SamplingParams sampling;
+};
+
+enum class FinishReason { kNone, kStop, kLength, kCancelled, kError };
+
+struct TokenLogprob {
+  int32_t token = 0;
+  float logprob = 0;
+};
+
+// One accepted token, or the end of a request.
+struct GenerateEvent {
+  int32_t token = -1;                 // -1: the event carries no token
+  float logprob = 0;                  // if asked for
+  std::vector<TokenLogprob> top;      // if asked for, best first
+  FinishReason finish = FinishReason::kNone;
+  int32_t stop_token = -1;            // with kStop: which id stopped it (also in `token`)
+  std::optional<Error> error;         // with kError
+  int32_t prompt_tokens = 0;          // usage so far
+  int32_t output_tokens = 0;
+  int32_t cached_tokens = 0;
+};
+
+// Where the events of one request go. Called on the engine thread; must not block. The event with
+// finish != kNone is the last.
+class EventSink {
+ public:
+  virtual ~EventSink() = default;
+  virtual void on_event(GenerateEvent event) = 0;
+};
+
+enum class SubmitResult {
+  kAccepted,
+  kQueueFull,
+  kPromptTooLong,   // more than max_input_tokens, max_sequence - 1, or than the KV cache can hold
+  kBadToken,        // an id outside the vocabulary
+  kDuplicateId,
+  kStopped,         // draining, stopped or failed
+};
+
+}  // namespace phalanx::engine

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "phalanx/base/clock.h"
+#include "phalanx/base/unique_fd.h"
+#include "phalanx/engine/step_plan.h"
+
+namespace phalanx::engine {
+
+// Shared memory between the head and rank 0: one plan area, one logits area, and two sequence
+// words that each side waits on (spin ~50 us, then futex in slices of at most 50 ms). At most one
+// step is outstanding. A result carries (generation, step); anything but the outstanding pair is
+// dropped.
+
+// Bytes of the memfd for these limits.
+[[nodiscard]] int64_t step_channel_bytes(const StepLimits& limits);
+// A sealed, CLOEXEC memfd, to be handed to rank 0 by descriptor.
+[[nodiscard]] UniqueFd create_step_channel(const StepLimits& limits);
+
+struct StepTiming {
+  int64_t total_ns = 0;           // in rank 0, plan received to logits written
+  int64_t compute_ns = 0;
+  int64_t communication_ns = 0;
+};
+
+// Head side. Used from the engine thread; abort() from any.
+class StepChannelHead {
+ public:
+  StepChannelHead(int memfd, const StepLimits& limits);
+  ~StepChannelHead();
+  void send(std::span<const std::byte> plan);
+  // Waits for the outstanding step. Throws Error(kDeadlineExceeded), Error(kAborted) after abort(),
+  // Error(kUnavailable) with the rank's own message when rank 0 reported a failure.
+  // The span is valid until the next send.
+  std::span<const float> wait_logits(Deadline deadline, StepTiming* timing);
+  void abort(const std::string& reason) noexcept;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Rank 0 side. Used from the worker thread; abort() from any.
+class StepChannelRank {
+ public:
+  StepChannelRank(int memfd, const StepLimits& limits);
+  ~StepChannelRank();
+  // Next plan, or empty when the deadline passed. Throws Error(kAborted) after abort().
+  std::span<const std::byte> wait_plan(Deadline deadline);
+  [[nodiscard]] float* logits();
+  void publish(uint64_t generation, uint64_t step, const StepTiming& timing);
+  void fail(const std::string& message) noexcept;
+  void abort(const std::string& reason) noexcept;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace phalanx::engine

@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "phalanx/models/model.h"
+
+namespace phalanx::engine {
+
+// The one message of the step path: a flat, versioned, little-endian buffer. The head writes it,
+// rank 0 forwards it verbatim, every rank decodes and checks it. Layout: docs/wire.md.
+inline constexpr uint32_t kStepPlanMagic = 0x4c505850;  // "PXPL"
+inline constexpr uint16_t kStepPlanVersion = 1;
+
+enum class StepKind : uint16_t {
+  kCompute = 1,
+  kIdle = 2,      // nothing to do; keeps links checked
+  kStop = 3,      // leave the loop cleanly
+};
+
+struct StepPlanHeader {
+  uint32_t magic = kStepPlanMagic;
+  uint16_t version = kStepPlanVersion;
+  StepKind kind = StepKind::kCompute;
+  uint64_t generation = 0;
+  uint64_t step = 0;
+  uint32_t bytes = 0;            // of the whole plan
+  uint32_t num_tokens = 0;
+  uint32_t num_sequences = 0;
+  uint32_t num_rows = 0;         // logits wanted
+  uint32_t num_blocks = 0;       // length of all block tables together
+  uint32_t reserved = 0;
+};
+
+// One sequence in the buffer.
+struct PlannedSequence {
+  int32_t token_begin = 0;
+  int32_t token_count = 0;
+  int32_t context = 0;
+  int32_t block_begin = 0;       // into the block ids
+  int32_t block_count = 0;
+};
+
+// Builds plans in one reused buffer (no allocation once grown).
+class StepPlanWriter {
+ public:
+  void begin(StepKind kind, uint64_t generation, uint64_t step);
+  // tokens at positions [context - tokens.size(), context); sample: logits of the last one wanted.
+  void add_sequence(std::span<const int32_t> tokens, int32_t context,
+                    std::span<const int32_t> block_table, int32_t block_size, bool sample);
+  // As add_sequence, but the logits of every token are wanted.
+  void add_scored_sequence(std::span<const int32_t> tokens, int32_t context,
+                           std::span<const int32_t> block_table, int32_t block_size);
+  [[nodiscard]] std::span<const std::byte> finish();
+
+ private:
+  StepPlanHeader header_;
+  std::vector<int32_t> tokens_, positions_, slots_, rows_, blocks_;
+  std::vector<PlannedSequence> sequences_;
+  std::vector<std::byte> buffer_;
+};
+
+// What a rank must hold against a plan.
+struct StepLimits {
+  int64_t max_tokens = 0;
+  int64_t max_rows = 0;
+  int64_t max_sequence = 0;
+  int64_t blocks = 0;
+  int64_t block_size = 0;
+  int64_t vocab_size = 0;
+  [[nodiscard]] int64_t max_plan_bytes() const;
+};
+
+// Views into a plan buffer plus the slices made from it. Valid while the buffer is.
+class StepPlanView {
+ public:
+  // Checks every length and index. Throws Error(kDataLoss) naming the field.
+  void decode(std::span<const std::byte> buffer, const StepLimits& limits);
+  [[nodiscard]] const StepPlanHeader& header() const { return header_; }
+  [[nodiscard]] const models::StepInputs& inputs() const { return inputs_; }
+
+ private:
+  StepPlanHeader header_;
+  models::StepInputs inputs_;
+  std::vector<ops::SequenceSlice> slices_;
+};
+
+}  // namespace phalanx::engine

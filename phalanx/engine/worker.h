@@ -1,0 +1,27 @@
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "phalanx/comm/group.h"
+#include "phalanx/engine/rank_page.h"
+#include "phalanx/engine/step_channel.h"
+#include "phalanx/models/model.h"
+
+namespace phalanx::engine {
+
+struct WorkerOptions {
+  uint64_t generation = 0;
+  StepLimits limits;
+  double idle_seconds = 120;        // longest wait for a plan on ranks other than 0
+  std::string logits_folder;        // not empty: every step's logits rows are appended there (rank 0)
+};
+
+// The step loop of one rank: plan (rank 0: from the channel; others: broadcast by rank 0), check,
+// forward, logits (rank 0: into the channel). Returns after a kStop plan. Any error is reported
+// to the head (rank 0) and rethrown; the group is aborted first.
+// channel: rank 0 only, else nullptr. page: may be nullptr.
+void run_worker(const WorkerOptions& options, models::Model& model, comm::Group& group,
+                StepChannelRank* channel, RankPage* page);
+
+}  // namespace phalanx::engine
