@@ -1,0 +1,93 @@
+#pragma once
+
+// config.json, the environment and the command line of a node, read and validated whole before any
+// socket opens. Key by key: docs/configuration.md.
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "phalanx/base/error.h"
+#include "phalanx/cluster/rank_table.h"
+
+namespace phalanx::apps {
+
+struct ServerConfig {
+  std::string ip_address = "127.0.0.1";        // MIES_CONTAINER_IP replaces it
+  std::string management_ip_address;           // MIES_CONTAINER_MANAGEMENT_IP replaces it
+  int port = 1025, management_port = 1026, metrics_port = 1027;
+  bool allow_all_zero_ip = false;
+  int64_t max_link_num = 1000;
+  int64_t max_request_mb = 40;
+  int max_json_depth = 10;
+  bool full_text = false;
+  std::string open_ai_support = "vllm";
+  double token_timeout_s = 600, e2e_timeout_s = 600;
+  bool https = true;                           // httpsEnabled
+};
+
+struct BackendConfig {
+  bool multi_nodes = false;                    // multiNodesInferEnabled
+  int multi_nodes_port = 1120;
+  std::optional<bool> inter_node_tls;          // interNodeTLSEnabled as written, if written
+  int64_t tokenizer_threads = 8;
+  std::vector<std::vector<int>> device_ids;
+};
+
+struct ModelConfig {
+  std::string name, weight_path;
+  int64_t max_sequence = 2560, max_input_tokens = 2048;
+  int truncation = 0;
+  int64_t world_size = 1;
+  int64_t cpu_mem_gb = 0;
+  int64_t npu_mem_gb = -1;                     // -1: automatic
+  std::optional<std::string> chat_template;
+};
+
+struct ScheduleConfig {
+  int64_t cache_block_size = 128;
+  int64_t max_prefill_batch = 50, max_prefill_tokens = 8192;
+  int64_t max_batch = 200, max_output_tokens = 512;
+  int64_t max_preempt_count = 0, max_queue_delay_us = 5000, max_n = 128;
+};
+
+// Everything a node needs to start.
+struct NodeConfig {
+  std::string config_path;                     // empty: started from the command line alone
+  std::string home;                            // install directory, base of relative paths
+  ServerConfig server;
+  BackendConfig backend;
+  ModelConfig model;
+  ScheduleConfig schedule;
+  cluster::RankTable table;                    // made up (one server, worldSize ranks) if not multi-node
+  int own_server = 0;
+  double npu_memory_fraction = 0.8;            // NPU_MEMORY_FRACTION
+  double connect_timeout_s = 0;                // HCCL_CONNECT_TIMEOUT; 0: not set
+  int data_port_begin = 0, data_port_end = 0;  // PHALANX_DATA_PORTS=a-b; 0: any
+  std::string logits_folder;                   // ATB_LLM_LOGITS_SAVE_ENABLE/_FOLDER
+  int threads_per_rank = 0;                    // PHALANX_THREADS; 0: cores / local ranks
+  std::vector<std::string> ignored;            // keys and variables accepted without effect
+  std::vector<std::string> warnings;           // one line each
+  std::string digest;                          // of the effective settings that all nodes must share
+};
+
+struct ServeArguments {
+  std::string config_file;                     // --config-file
+  std::string model;                           // --model DIR (no config file then)
+  int tp = 0;                                  // --tp N; 0: one rank
+  std::string host;                            // --host A; empty: 127.0.0.1
+  int port = 0;                                // --port P; 0: 1025
+  std::optional<std::string> served_model_name;
+};
+
+using Environment = std::map<std::string, std::string>;
+[[nodiscard]] Environment process_environment();
+
+// Finds, admits, parses and validates everything; throws Error(kInvalidArgument) with all
+// problems at once. Opens no socket, reads no weights.
+[[nodiscard]] NodeConfig load_node_config(const ServeArguments& arguments,
+                                          const Environment& environment);
+
+}  // namespace phalanx::apps

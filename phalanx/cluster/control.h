@@ -1,0 +1,154 @@
+#pragma once
+
+// Life-cycle of an instance over gRPC: join, prepare, connect, load, allocate, serve, drain, stop,
+// heartbeat. Nothing of a step travels here. gRPC and protobuf stay in .cc files.
+//
+// The master runs a Coordinator, every other node a Participant; both drive a NodeActions, in the
+// same order on every node:
+//   prepare (ranks started, data listeners open) -> connect (group formed, self-test passed)
+//   -> load (weights packed) -> allocate (KV cache of the smallest node's size) -> serve.
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "phalanx/base/clock.h"
+#include "phalanx/base/error.h"
+#include "phalanx/cluster/rank_table.h"
+#include "phalanx/comm/bootstrap.h"
+
+namespace phalanx::cluster {
+
+inline constexpr int kControlVersion = 1;
+
+enum class NodeState { kAbsent, kJoined, kPreparing, kConnecting, kLoading, kAllocating, kReady,
+                       kServing, kDraining, kStopped, kLost };
+[[nodiscard]] std::string_view node_state_name(NodeState state);
+
+// What must agree between nodes, compared name by name at the join; a mismatch is refused on both
+// sides with the same two-column table. E.g. {"wire_version","1"}, {"rank table","<digest>"}.
+using JoinFacts = std::vector<std::pair<std::string, std::string>>;
+
+// What may differ and is reported to the master.
+struct NodeOffer {
+  std::string build;
+  std::vector<std::string> numeric_classes;  // supported, weakest first
+  int64_t memory_bytes = 0;
+  int cores = 0;
+};
+
+// Two-phase generation data, made by the master.
+struct Generation {
+  uint64_t incarnation = 0;   // random, of the master
+  uint64_t number = 0;
+  std::string numeric_class;  // best one common to all nodes
+  comm::Token token{};
+};
+
+struct RankEndpoint {
+  int rank = 0;
+  std::string address;
+  uint16_t port = 0;
+};
+
+// One rank as its node reports it (progress page), in heartbeats.
+struct RankReport {
+  int rank = 0;
+  int pid = 0;
+  std::string state;                          // "loading", "serving", ...
+  std::map<std::string, uint64_t> counters;   // steps_done, compute_ns, wait_ns, bytes_read, ...
+};
+
+struct LoadResult {
+  int64_t kv_blocks = 0;      // this node's ranks can hold, the smallest of them
+  int64_t bytes_read = 0;
+};
+
+// What the control plane asks of the node process. Called on one control thread, one call at a
+// time, except reports() and abort(), which may come from another thread at any time. A throw ends
+// the start (or the instance) with that error on every node.
+class NodeActions {
+ public:
+  virtual ~NodeActions() = default;
+  virtual std::vector<RankEndpoint> prepare(const Generation& generation) = 0;
+  virtual void connect(const std::vector<comm::Member>& members) = 0;
+  virtual LoadResult load() = 0;
+  virtual void allocate(int64_t kv_blocks) = 0;
+  // The whole instance is ready: print the success line, open HTTP (master).
+  virtual void serve() = 0;
+  [[nodiscard]] virtual std::vector<RankReport> reports() = 0;
+  // The instance failed elsewhere: wake everything that waits on the data plane.
+  virtual void abort(const std::string& reason) noexcept = 0;
+};
+
+struct ControlOptions {
+  RankTable table;
+  int own_server = 0;
+  uint16_t port = 1120;                 // multiNodesInferPort, on the master's address
+  JoinFacts facts;
+  NodeOffer offer;
+  double join_seconds = 0;              // longest wait for all nodes; 0: for ever, with a line
+  double phase_seconds = 3600;          // longest prepare, connect, load, allocate
+  double notice_seconds = 5;            // between lines that say for whom we wait
+  double heartbeat_seconds = 0.5;
+  double lost_seconds = 2.5;            // without a heartbeat: lost
+};
+
+struct NodeView {
+  int server = 0;
+  std::string address;
+  NodeState state = NodeState::kAbsent;
+  double last_contact_seconds = -1;
+  std::string last_reason;
+  NodeOffer offer;
+  std::vector<RankReport> ranks;
+};
+
+// The master's end. Also drives the master's own NodeActions.
+class Coordinator {
+ public:
+  // Opens the control port at once (not for a single-server table). Throws Error(kUnavailable).
+  Coordinator(const ControlOptions& options, NodeActions& local);
+  ~Coordinator();
+  // Waits for all nodes, then runs the phases on all of them. Returns when every node has
+  // confirmed serve(). Throws Error naming node and phase. Cancelled by stop().
+  void start();
+  // Called once, from a control thread, when the instance is lost after start() returned: a node's
+  // stream ended, its heartbeats stopped, or it reported a dead rank.
+  void on_loss(std::function<void(const std::string& node, const Error& error)> callback);
+  // Reports a fault of the master's own node (a dead rank): as if a node had reported it.
+  void report_local_fault(const Error& error);
+  // Tells every node to drain or to stop, waits for their goodbye until the deadline.
+  void stop(const std::string& reason, Deadline deadline);
+  // Tells every node that the instance failed (they exit non-zero).
+  void fail(const Error& error, Deadline deadline);
+  [[nodiscard]] std::vector<NodeView> nodes() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// A slave's end.
+class Participant {
+ public:
+  Participant(const ControlOptions& options, NodeActions& local);
+  ~Participant();
+  // Joins (retrying while the master is unreachable, printing why, bounded by join_seconds),
+  // follows the phases, then stays until the master says stop. Returns after an orderly stop;
+  // throws Error when refused, when the instance failed, or when the master was lost.
+  void run();
+  // From any thread (signal handling): leave in an orderly way.
+  void leave(const std::string& reason);
+  // A rank of this node died: tell the master, then run() throws.
+  void report_local_fault(const Error& error);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace phalanx::cluster
