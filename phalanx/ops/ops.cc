@@ -1,0 +1,142 @@
+#include "phalanx/ops/ops.h"
+
+#include <algorithm>
+#include <string>
+
+#include "phalanx/base/error.h"
+#include "phalanx/ops/packing.h"
+#include "phalanx/ops/ref/ref.h"
+
+namespace phalanx::ops {
+namespace {
+
+constexpr NumericClass kFma32 = NumericClass::kFma32;
+
+bool is_act(DType dtype) { return dtype == DType::kBF16 || dtype == DType::kF32; }
+
+void check_matrix(const MatrixView& m) {
+  PHALANX_CHECK(m.rows >= 0 && m.cols >= 0 && m.stride >= m.cols);
+  PHALANX_CHECK(m.rows == 0 || m.cols == 0 || m.data != nullptr);
+}
+
+void check_linear(const MatrixView& x, const PackedLinear& w, int64_t rows, const MatrixView& out) {
+  check_matrix(x);
+  check_matrix(out);
+  PHALANX_CHECK(w.dtype == DType::kBF16 || w.dtype == DType::kF16 || w.dtype == DType::kF32);
+  PHALANX_CHECK(x.dtype == (w.dtype == DType::kBF16 ? DType::kBF16 : DType::kF32));
+  PHALANX_CHECK(is_act(out.dtype));
+  PHALANX_CHECK(x.cols == w.k && out.cols == rows && out.rows == x.rows);
+  PHALANX_CHECK(w.rows == 0 || w.data != nullptr);
+}
+
+void check_norm(const MatrixView& x, const float* weight, const MatrixView& out) {
+  check_matrix(x);
+  check_matrix(out);
+  PHALANX_CHECK(x.dtype == DType::kF32 && is_act(out.dtype) && weight != nullptr);
+  PHALANX_CHECK(x.rows == out.rows && x.cols == out.cols);
+}
+
+void check_add(const MatrixView& residual, const MatrixView& delta) {
+  check_matrix(residual);
+  check_matrix(delta);
+  PHALANX_CHECK(residual.dtype == DType::kF32 && is_act(delta.dtype));
+  PHALANX_CHECK(residual.rows == delta.rows && residual.cols == delta.cols);
+}
+
+void check_kv(const KvLayer& kv) {
+  PHALANX_CHECK(is_act(kv.dtype) && kv.k != nullptr && kv.v != nullptr);
+  PHALANX_CHECK(kv.block_size > 0 && kv.kv_heads > 0 && kv.head_dim > 0);
+}
+
+}  // namespace
+
+struct Context::Scratch {};
+
+struct Context::State {
+  Options options;
+  ThreadPool& pool;
+  Scratch scratch;
+};
+
+Context::Context(const Options& options, ThreadPool& pool)
+    : state_(new State{options, pool, {}}) {
+  const std::vector<Isa> available = available_isas();
+  if (std::find(available.begin(), available.end(), options.isa) == available.end())
+    throw Error(Code::kInvalidArgument, "this machine or this build has no kernels for \"" +
+                                            std::string(isa_name(options.isa)) + "\"");
+}
+Context::~Context() = default;
+Isa Context::isa() const { return state_->options.isa; }
+ThreadPool& Context::pool() const { return state_->pool; }
+Context::Scratch& Context::scratch() const { return state_->scratch; }
+int64_t Context::scratch_bytes() const { return 0; }
+
+void linear(Context&, const MatrixView& x, const PackedLinear& w, const float* bias,
+            const MatrixView& out) {
+  check_linear(x, w, w.rows, out);
+  ref::linear(x, w, bias, out, kFma32);
+}
+
+void gated_linear(Context&, const MatrixView& x, const PackedGated& w, const float* gate_bias,
+                  const float* up_bias, const MatrixView& out) {
+  check_linear(x, w.panels, w.rows, out);
+  PHALANX_CHECK(w.panels.rows == 2 * panels_of(w.rows) * tensor::kPanelRows);
+  ref::gated_linear(x, w, gate_bias, up_bias, out, kFma32);
+}
+
+void rms_norm(Context&, const MatrixView& x, const float* weight, float eps,
+              const MatrixView& out) {
+  check_norm(x, weight, out);
+  ref::rms_norm(x, weight, eps, out);
+}
+
+void add_rms_norm(Context&, const MatrixView& residual, const MatrixView& delta,
+                  const float* weight, float eps, const MatrixView& out) {
+  check_add(residual, delta);
+  check_norm(residual, weight, out);
+  ref::add(residual, delta);
+  ref::rms_norm(residual, weight, eps, out);
+}
+
+void add(Context&, const MatrixView& residual, const MatrixView& delta) {
+  check_add(residual, delta);
+  ref::add(residual, delta);
+}
+
+void rope_and_store(Context&, const MatrixView& qkv, int64_t q_heads, const RopeTable& rope,
+                    std::span<const int32_t> positions, std::span<const int32_t> slots,
+                    const KvLayer& kv) {
+  check_matrix(qkv);
+  check_kv(kv);
+  PHALANX_CHECK(is_act(qkv.dtype) && q_heads >= 0);
+  PHALANX_CHECK(qkv.cols == (q_heads + 2 * kv.kv_heads) * kv.head_dim);
+  PHALANX_CHECK(rope.rotary_dim % 2 == 0 && rope.rotary_dim <= kv.head_dim);
+  PHALANX_CHECK(static_cast<int64_t>(positions.size()) == qkv.rows &&
+                static_cast<int64_t>(slots.size()) == qkv.rows);
+  for (int64_t t = 0; t < qkv.rows; ++t) {
+    PHALANX_CHECK(positions[t] >= 0 && positions[t] < rope.positions);
+    PHALANX_CHECK(slots[t] >= 0 && slots[t] / kv.block_size < kv.blocks);
+  }
+  ref::rope_and_store(qkv, q_heads, rope, positions, slots, kv);
+}
+
+void attention(Context&, const MatrixView& qkv, std::span<const SequenceSlice> sequences,
+               const AttentionShape& shape, const KvLayer& kv, const MatrixView& out) {
+  check_matrix(qkv);
+  check_matrix(out);
+  check_kv(kv);
+  PHALANX_CHECK(is_act(qkv.dtype) && is_act(out.dtype) && kv.head_dim == shape.head_dim);
+  PHALANX_CHECK(qkv.cols >= shape.q_heads * shape.head_dim && qkv.rows == out.rows);
+  PHALANX_CHECK(out.cols == shape.q_heads * shape.head_dim);
+  PHALANX_CHECK(shape.group > 0 && shape.q_heads > 0 && shape.window >= 0);
+  PHALANX_CHECK(shape.q_head_begin / shape.group >= shape.kv_head_begin);
+  PHALANX_CHECK((shape.q_head_begin + shape.q_heads - 1) / shape.group <
+                shape.kv_head_begin + kv.kv_heads);
+  for (const SequenceSlice& s : sequences) {
+    PHALANX_CHECK(s.token_begin >= 0 && s.token_count >= 0 && s.token_count <= s.context);
+    PHALANX_CHECK(s.token_begin + s.token_count <= qkv.rows && s.block_table != nullptr);
+  }
+  ref::attention(qkv, sequences, shape, kv, out, kFma32);
+}
+
+}  // namespace phalanx::ops

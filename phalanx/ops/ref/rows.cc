@@ -1,0 +1,67 @@
+#include <cmath>
+
+#include "phalanx/ops/ref/element.h"
+#include "phalanx/ops/ref/ref.h"
+
+namespace phalanx::ops::ref {
+
+void rms_norm(const MatrixView& x, const float* weight, float eps, const MatrixView& out) {
+  for (int64_t t = 0; t < x.rows; ++t) {
+    const float* row = x.row<const float>(t);
+    float lanes[16] = {};
+    for (int64_t i = 0; i < x.cols; ++i) lanes[i % 16] = std::fma(row[i], row[i], lanes[i % 16]);
+    for (int width = 8; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    const float mean = lanes[0] / static_cast<float>(x.cols);
+    const float scale = 1.0f / std::sqrt(mean + eps);
+    for (int64_t i = 0; i < x.cols; ++i)
+      store(out.data, out.dtype, t * out.stride + i, row[i] * scale * weight[i]);
+  }
+}
+
+void add(const MatrixView& residual, const MatrixView& delta) {
+  for (int64_t t = 0; t < residual.rows; ++t)
+    for (int64_t i = 0; i < residual.cols; ++i)
+      residual.row<float>(t)[i] += load(delta.data, delta.dtype, t * delta.stride + i);
+}
+
+void rope_and_store(const MatrixView& qkv, int64_t q_heads, const RopeTable& rope,
+                    std::span<const int32_t> positions, std::span<const int32_t> slots,
+                    const KvLayer& kv) {
+  const int64_t head_dim = kv.head_dim;
+  const int64_t half = rope.rotary_dim / 2;
+  for (int64_t t = 0; t < qkv.rows; ++t) {
+    const float* cos = rope.cos.data() + positions[t] * half;
+    const float* sin = rope.sin.data() + positions[t] * half;
+    const int64_t block = slots[t] / kv.block_size;
+    const int64_t offset = slots[t] % kv.block_size;
+    auto value = [&](int64_t head, int64_t i) {
+      return load(qkv.data, qkv.dtype, t * qkv.stride + head * head_dim + i);
+    };
+    auto rotated = [&](int64_t head, int64_t i) {
+      if (i < half)
+        return std::fma(value(head, i), cos[i], -(value(head, i + half) * sin[i]));
+      if (i < 2 * half)
+        return std::fma(value(head, i), cos[i - half], value(head, i - half) * sin[i - half]);
+      return value(head, i);
+    };
+    for (int64_t head = 0; head < kv.kv_heads; ++head) {
+      const int64_t at = ((block * kv.kv_heads + head) * kv.block_size + offset) * head_dim;
+      for (int64_t i = 0; i < head_dim; ++i) {
+        store(kv.k, kv.dtype, at + i, rotated(q_heads + head, i));
+        store(kv.v, kv.dtype, at + i, value(q_heads + kv.kv_heads + head, i));
+      }
+    }
+    for (int64_t head = 0; head < q_heads; ++head) {
+      const int64_t at = t * qkv.stride + head * head_dim;
+      for (int64_t i = 0; i < half; ++i) {
+        const float low = rotated(head, i);
+        const float high = rotated(head, i + half);
+        store(qkv.data, qkv.dtype, at + i, low);
+        store(qkv.data, qkv.dtype, at + i + half, high);
+      }
+    }
+  }
+}
+
+}  // namespace phalanx::ops::ref
