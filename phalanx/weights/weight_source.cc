@@ -1,0 +1,77 @@
+#include "phalanx/weights/weight_source.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "phalanx/base/check.h"
+#include "phalanx/base/log.h"
+
+namespace phalanx::weights {
+
+const TensorEntry& WeightSource::ask(std::string_view name) {
+  const TensorEntry* entry = checkpoint_.find(name);
+  if (entry == nullptr)
+    throw Error(Code::kNotFound,
+                fmt::format("{}: tensor {} is absent", checkpoint_.directory(), name));
+  const std::lock_guard lock(mutex_);
+  asked_.emplace(name);
+  return *entry;
+}
+
+void WeightSource::read_rows(const TensorEntry& entry, int64_t row_begin, int64_t rows,
+                             std::byte* out) {
+  PHALANX_CHECK(row_begin >= 0 && rows >= 0 && row_begin + rows <= entry.rows());
+  int64_t left = rows * entry.row_bytes();
+  int64_t offset = entry.offset + row_begin * entry.row_bytes();
+  while (left > 0) {
+    const ssize_t n =
+        ::pread(checkpoint_.fd_of(entry), out, static_cast<size_t>(std::min<int64_t>(left, 1 << 30)),
+                offset);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0)
+      throw Error(Code::kUnavailable,
+                  fmt::format("{}: tensor {}: cannot read {} bytes at {}: {}",
+                              checkpoint_.path_of(entry), entry.name, left, offset,
+                              std::strerror(errno)));
+    if (n == 0)
+      throw Error(Code::kDataLoss,
+                  fmt::format("{}: tensor {}: file ends at {}, expected {} more bytes. Fix: the file "
+                              "changed while it was read; restore it and start again",
+                              checkpoint_.path_of(entry), entry.name, offset, left));
+    out += n;
+    offset += n;
+    left -= n;
+    bytes_read_.fetch_add(n, std::memory_order_relaxed);
+  }
+}
+
+int64_t WeightSource::tensors_asked() const {
+  const std::lock_guard lock(mutex_);
+  return static_cast<int64_t>(asked_.size());
+}
+
+std::vector<std::string> WeightSource::finish(std::span<const std::string_view> known_extras) {
+  std::vector<std::string> left;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [name, entry] : checkpoint_.tensors()) {
+      const bool known = std::any_of(known_extras.begin(), known_extras.end(),
+                                     [&](std::string_view end) { return name.ends_with(end); });
+      if (!known && !asked_.contains(name)) left.push_back(name);
+    }
+  }
+  if (!left.empty()) {
+    const std::vector<std::string> shown(left.begin(),
+                                         left.begin() + static_cast<long>(std::min<size_t>(left.size(), 8)));
+    log_warn("{}: {} tensors were not used by the model: {}{}", checkpoint_.directory(), left.size(),
+             fmt::join(shown, ", "), left.size() > shown.size() ? ", ..." : "");
+  }
+  return left;
+}
+
+}  // namespace phalanx::weights
