@@ -1,0 +1,44 @@
+#include "phalanx/layers/attention.h"
+
+#include <cmath>
+
+namespace phalanx::layers {
+
+Attention::Attention(WeightPlan& plan, const Shape& shape, std::span<const Range> query_heads,
+                     Range kv_heads, DType act, int rank)
+    : columns_(query_heads, shape.head_dim, act, rank) {
+  const int64_t d = shape.head_dim;
+  const Range heads = query_heads[static_cast<size_t>(rank)];
+  const Range q{heads.begin * d, heads.end * d};
+  const Range kv{kv_heads.begin * d, kv_heads.end * d};
+  const std::string q_name = shape.name + ".q_proj";
+  const std::string k_name = shape.name + ".k_proj";
+  const std::string v_name = shape.name + ".v_proj";
+  qkv_ = plan.linear({{q_name + ".weight", shape.heads * d, shape.hidden, q},
+                      {k_name + ".weight", shape.kv_heads * d, shape.hidden, kv},
+                      {v_name + ".weight", shape.kv_heads * d, shape.hidden, kv}});
+  if (shape.bias)
+    bias_ = plan.vector({{q_name + ".bias", shape.heads * d, 0, q},
+                         {k_name + ".bias", shape.kv_heads * d, 0, kv},
+                         {v_name + ".bias", shape.kv_heads * d, 0, kv}});
+  attention_ = {.q_heads = heads.size(),
+                .q_head_begin = heads.begin,
+                .group = shape.heads / shape.kv_heads,
+                .kv_head_begin = kv_heads.begin,
+                .head_dim = d,
+                .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d))),
+                .window = shape.window};
+}
+
+void Attention::forward(ops::Context& ctx, const MatrixView& x, std::span<const int32_t> positions,
+                        std::span<const int32_t> slots,
+                        std::span<const ops::SequenceSlice> sequences, const ops::RopeTable& rope,
+                        const ops::KvLayer& kv, const MatrixView& qkv,
+                        const MatrixView& out) const {
+  if (attention_.q_heads == 0) return;
+  ops::linear(ctx, x, qkv_, bias_, qkv);
+  ops::rope_and_store(ctx, qkv, attention_.q_heads, rope, positions, slots, kv);
+  ops::attention(ctx, qkv, sequences, attention_, kv, columns_.own(out));
+}
+
+}  // namespace phalanx::layers
