@@ -28,6 +28,9 @@ struct ModelInfo {
   int64_t vocab_size = 0;
   int64_t max_position_embeddings = 0;
   bool tied_embeddings = false;
+  bool qkv_bias = false;     // of the q, k and v projections
+  bool output_bias = false;  // of the attention's output projection
+  bool mlp_bias = false;
   int64_t parameter_bytes = 0;  // whole checkpoint, as stored
 };
 
@@ -93,6 +96,7 @@ class Model {
   // All ranks of `group` call it with equal inputs. logits: f32 [R, vocab] on rank 0, nullptr on
   // others. Throws what the group throws.
   virtual void forward(const StepInputs& inputs, float* logits) = 0;
+  [[nodiscard]] virtual StepTimes last_times() const = 0;  // of the last forward
 };
 
 // Reads config.json only. Throws Error naming file, key, found, expected; an unknown model_type is

@@ -1,0 +1,273 @@
+#include "phalanx/models/decoder_model.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "phalanx/base/clock.h"
+#include "phalanx/base/log.h"
+
+namespace phalanx::models {
+namespace {
+
+using layers::MatrixView;
+using layers::Range;
+
+// One field of every rank's layout.
+std::vector<Range> ranges(std::span<const RankLayout> layout, Range RankLayout::* field) {
+  std::vector<Range> result;
+  for (const RankLayout& rank : layout) result.push_back(rank.*field);
+  return result;
+}
+
+const RankLayout& of_rank(std::span<const RankLayout> layout, int rank) {
+  PHALANX_CHECK(rank >= 0 && static_cast<size_t>(rank) < layout.size());
+  return layout[static_cast<size_t>(rank)];
+}
+
+int64_t qkv_columns(const ModelInfo& info, const RankLayout& own) {
+  return (own.query_heads.size() + 2 * own.kv_heads.size()) * info.head_dim;
+}
+
+ops::Context::Options context_options(const ModelInfo& info, const RankLayout& own,
+                                      const ModelOptions& options) {
+  return {.isa = options.isa,
+          .max_tokens = options.max_step_tokens,
+          .max_k = std::max({info.hidden_size, info.intermediate_size,
+                             info.num_attention_heads * info.head_dim}),
+          .max_rows = std::max({own.vocab_rows.size(), 2 * own.mlp_rows.size(),
+                                own.hidden_rows.size(), qkv_columns(info, own)}),
+          .max_heads = own.query_heads.size(),
+          .max_head_dim = info.head_dim,
+          .max_context = options.max_sequence};
+}
+
+layers::KvCache::Shape kv_shape(const ModelInfo& info, const RankLayout& own, int64_t block_size) {
+  return {.layers = info.num_layers,
+          .kv_heads = own.kv_heads.size(),
+          .head_dim = info.head_dim,
+          .block_size = block_size,
+          .dtype = info.act};
+}
+
+void copy_rows(const MatrixView& from, std::span<const int32_t> rows, const MatrixView& to) {
+  const size_t bytes = static_cast<size_t>(from.cols) * tensor::dtype_bytes(from.dtype);
+  for (size_t r = 0; r < rows.size(); ++r)
+    std::memcpy(to.rows_of(static_cast<int64_t>(r), 1).data, from.rows_of(rows[r], 1).data, bytes);
+}
+
+}  // namespace
+
+DecoderLayers::DecoderLayers(layers::WeightPlan& plan, const DecoderConfig& config,
+                             std::span<const RankLayout> layout, int64_t max_step_tokens, int rank)
+    : vocab(plan,
+            {.embedding = "model.embed_tokens.weight",
+             .head = "lm_head.weight",
+             .vocab = config.info.vocab_size,
+             .hidden = config.info.hidden_size,
+             .tied = config.info.tied_embeddings},
+            ranges(layout, &RankLayout::vocab_rows), config.info.dtype, max_step_tokens, rank) {
+  const ModelInfo& info = config.info;
+  const auto heads = ranges(layout, &RankLayout::query_heads);
+  const auto hidden = ranges(layout, &RankLayout::hidden_rows);
+  const auto mlp = ranges(layout, &RankLayout::mlp_rows);
+  const Range kv_heads = of_rank(layout, rank).kv_heads;
+  const auto norm = [&](const std::string& name) {
+    return plan.vector({{name, info.hidden_size, 0, {0, info.hidden_size}}});
+  };
+  for (int64_t i = 0; i < info.num_layers; ++i) {
+    const std::string name = fmt::format("model.layers.{}.", i);
+    layers.push_back(
+        {.attention_norm = norm(name + "input_layernorm.weight"),
+         .attention = layers::Attention(plan,
+                                        {.name = name + "self_attn",
+                                         .hidden = info.hidden_size,
+                                         .heads = info.num_attention_heads,
+                                         .kv_heads = info.num_key_value_heads,
+                                         .head_dim = info.head_dim,
+                                         .bias = info.qkv_bias,
+                                         .window = config.sliding_window},
+                                        heads, kv_heads, info.act, rank),
+         .output = layers::ShardedLinear(plan,
+                                         {.name = name + "self_attn.o_proj",
+                                          .rows = info.hidden_size,
+                                          .k = info.num_attention_heads * info.head_dim,
+                                          .bias = info.output_bias},
+                                         hidden, info.act, rank),
+         .mlp_norm = norm(name + "post_attention_layernorm.weight"),
+         .mlp = layers::GatedMlp(plan,
+                                 {.name = name + "mlp",
+                                  .hidden = info.hidden_size,
+                                  .intermediate = info.intermediate_size,
+                                  .bias = info.mlp_bias},
+                                 mlp, hidden, info.act, rank)});
+  }
+  final_norm = norm("model.norm.weight");
+}
+
+Activations::Activations(layers::Carver& carver, const ModelInfo& info, const RankLayout& layout,
+                         const ModelOptions& options)
+    : residual(carver.matrix(options.max_step_tokens, info.hidden_size, tensor::DType::kF32)),
+      normed(carver.matrix(options.max_step_tokens, info.hidden_size, info.act)),
+      qkv(carver.matrix(options.max_step_tokens, qkv_columns(info, layout), info.act)),
+      attention(carver.matrix(options.max_step_tokens, info.num_attention_heads * info.head_dim,
+                              info.act)),
+      delta(carver.matrix(options.max_step_tokens, info.hidden_size, info.act)),
+      mlp(carver.matrix(options.max_step_tokens, info.intermediate_size, info.act)),
+      sampled_residual(
+          carver.matrix(options.max_step_rows, info.hidden_size, tensor::DType::kF32)),
+      sampled_attention(carver.matrix(options.max_step_rows,
+                                      info.num_attention_heads * info.head_dim, info.act)),
+      own_logits(carver.matrix(options.rank == 0 ? 0 : options.max_step_rows,
+                               layout.vocab_rows.size(), tensor::DType::kF32)) {}
+
+void verify_checkpoint(const ModelInfo& info, const weights::Checkpoint& checkpoint,
+                       Problems& problems) {
+  layers::WeightPlan plan(info.dtype, ops::Isa::kRef);
+  const std::vector<double> alone = {1.0};
+  const DecoderLayers declared(plan, {.info = info}, plan_layout(info, alone), 0, 0);
+  plan.verify(checkpoint, problems);
+}
+
+int64_t parameter_bytes(const ModelInfo& info) {
+  layers::WeightPlan plan(info.dtype, ops::Isa::kRef);
+  const std::vector<double> alone = {1.0};
+  const DecoderLayers declared(plan, {.info = info}, plan_layout(info, alone), 0, 0);
+  return plan.read_bytes();
+}
+
+MemoryNeed memory_need(const ModelInfo& info, const ModelOptions& options) {
+  const auto layout = plan_layout(info, options.weights);
+  const RankLayout& own = of_rank(layout, options.rank);
+  layers::WeightPlan plan(info.dtype, options.isa);
+  const DecoderLayers declared(plan, {.info = info}, layout, 0, options.rank);
+  layers::Carver carver;
+  const Activations activations(carver, info, own, options);
+  const int64_t rope_bytes =
+      options.max_sequence * info.head_dim * static_cast<int64_t>(sizeof(float));
+  return {.weight_bytes = plan.arena_bytes(),
+          .workspace_bytes = carver.bytes() + rope_bytes +
+                             layers::Vocab::table_bytes(options.max_step_tokens),
+          .kv_bytes_per_block = kv_shape(info, own, options.block_size).bytes_per_block(),
+          .read_bytes = plan.read_bytes()};
+}
+
+DecoderModel::DecoderModel(const DecoderConfig& config,
+                           std::span<const std::string_view> known_extras,
+                           const ModelOptions& options, comm::Group& group, ThreadPool& pool,
+                           const std::function<void(int64_t, int64_t)>& progress)
+    : config_(config),
+      options_(options),
+      own_(of_rank(plan_layout(config.info, options.weights), options.rank)),
+      group_(group),
+      ctx_(context_options(config.info, own_, options), pool) {
+  PHALANX_CHECK(group.size() == static_cast<int>(options.weights.size()) &&
+                group.rank() == options.rank);
+  const int64_t begin_ns = now_ns();
+  Problems problems;
+  const weights::Checkpoint checkpoint(options.directory, problems);
+  if (problems.empty()) verify_checkpoint(config.info, checkpoint, problems);
+  problems.throw_if_any(fmt::format("checkpoint {} cannot be used", options.directory));
+
+  const auto layout = plan_layout(config.info, options.weights);
+  layers::WeightPlan measured(config.info.dtype, options.isa);
+  (void)DecoderLayers(measured, config, layout, 0, options.rank);
+  arena_ = std::make_unique<weights::Arena>(measured.arena_bytes());
+  layers::WeightPlan plan(config.info.dtype, options.isa, arena_->data());
+  layers_ = std::make_unique<DecoderLayers>(plan, config, layout, options.max_step_tokens,
+                                            options.rank);
+  weights::WeightSource source(checkpoint);
+  plan.load(source, pool, progress);
+  (void)source.finish(known_extras);
+  (void)arena_->collapse();
+
+  rope_ = ops::make_rope_table(layers::inverse_frequencies(config.rotary, config.info.head_dim),
+                               options.max_sequence, 1.0);
+  layers::Carver measure;
+  (void)Activations(measure, config.info, own_, options);
+  workspace_ = layers::Memory(measure.bytes(), "the activations of this rank");
+  layers::Carver carver(workspace_.data());
+  activations_ = std::make_unique<Activations>(carver, config.info, own_, options);
+  load_stats_ = {.tensors = source.tensors_asked(),
+                 .bytes_read = source.bytes_read(),
+                 .seconds = static_cast<double>(now_ns() - begin_ns) * 1e-9};
+}
+
+void DecoderModel::allocate_kv(int64_t blocks) {
+  PHALANX_CHECK(!kv_.allocated() && blocks > 0);
+  kv_ = layers::KvCache(kv_shape(config_.info, own_, options_.block_size), blocks);
+}
+
+void DecoderModel::forward(const StepInputs& inputs, float* logits) {
+  const auto tokens = static_cast<int64_t>(inputs.tokens.size());
+  const auto rows = static_cast<int64_t>(inputs.sample_rows.size());
+  PHALANX_CHECK(kv_.allocated() && tokens > 0 && tokens <= options_.max_step_tokens &&
+                rows <= options_.max_step_rows && inputs.positions.size() == inputs.tokens.size() &&
+                inputs.slots.size() == inputs.tokens.size());
+  const comm::GroupStats before = group_.stats();
+  const int64_t begin_ns = now_ns();
+  run_layers(inputs);
+  if (rows > 0) run_head(rows, logits);
+  const comm::GroupStats after = group_.stats();
+  last_times_.communication_ns = static_cast<int64_t>(after.wait_ns + after.transfer_ns -
+                                                      before.wait_ns - before.transfer_ns);
+  last_times_.compute_ns =
+      std::max<int64_t>(0, now_ns() - begin_ns - last_times_.communication_ns);
+}
+
+// Leaves the residual stream of the sample rows in sampled_residual.
+void DecoderModel::run_layers(const StepInputs& inputs) {
+  const auto tokens = static_cast<int64_t>(inputs.tokens.size());
+  const auto rows = static_cast<int64_t>(inputs.sample_rows.size());
+  const float eps = config_.rms_norm_eps;
+  const Activations& a = *activations_;
+  MatrixView residual = a.residual.rows_of(0, tokens);
+  MatrixView attention = a.attention.rows_of(0, tokens);
+  MatrixView normed = a.normed.rows_of(0, tokens);
+  MatrixView delta = a.delta.rows_of(0, tokens);
+  MatrixView mlp = a.mlp.rows_of(0, tokens);
+  const MatrixView qkv = a.qkv.rows_of(0, tokens);
+
+  // The stored dtype is never wider than act, so a row of the exchange fits one of delta.
+  layers_->vocab.embed(ctx_, group_, inputs.tokens, static_cast<std::byte*>(delta.data), residual);
+  ops::rms_norm(ctx_, residual, layers_->layers.front().attention_norm, eps, normed);
+  for (size_t i = 0; i < layers_->layers.size(); ++i) {
+    const DecoderLayers::Layer& layer = layers_->layers[i];
+    const bool last = i + 1 == layers_->layers.size();
+    layer.attention.forward(ctx_, normed, inputs.positions, inputs.slots, inputs.sequences, rope_,
+                            kv_.layer(static_cast<int64_t>(i)), qkv, attention);
+    if (last) {
+      // Nothing after the last attention mixes tokens: go on with the rows to sample alone.
+      if (rows == 0) return;
+      const MatrixView own = layer.attention.columns().own(attention);
+      attention = a.sampled_attention.rows_of(0, rows);
+      copy_rows(own, inputs.sample_rows, layer.attention.columns().own(attention));
+      copy_rows(residual, inputs.sample_rows, a.sampled_residual);
+      residual = a.sampled_residual.rows_of(0, rows);
+      normed = a.normed.rows_of(0, rows);
+      delta = a.delta.rows_of(0, rows);
+      mlp = a.mlp.rows_of(0, rows);
+    }
+    layer.attention.columns().all_gather(group_, attention);
+    layer.output.forward(ctx_, group_, attention, delta);
+    ops::add_rms_norm(ctx_, residual, delta, layer.mlp_norm, eps, normed);
+    layer.mlp.forward(ctx_, group_, normed, mlp, delta);
+    ops::add_rms_norm(ctx_, residual, delta,
+                      last ? layers_->final_norm : layers_->layers[i + 1].attention_norm, eps,
+                      normed);
+  }
+}
+
+void DecoderModel::run_head(int64_t rows, float* logits) {
+  const bool first = group_.rank() == 0;
+  PHALANX_CHECK(!first || logits != nullptr);
+  const int64_t vocab = config_.info.vocab_size;
+  const MatrixView target =
+      first ? MatrixView{.data = logits, .dtype = tensor::DType::kF32, .rows = rows, .cols = vocab,
+                         .stride = vocab}
+            : activations_->own_logits.rows_of(0, rows);
+  layers_->vocab.head(ctx_, group_, activations_->normed.rows_of(0, rows), target);
+}
+
+}  // namespace phalanx::models

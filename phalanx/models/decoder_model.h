@@ -1,0 +1,95 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "phalanx/layers/attention.h"
+#include "phalanx/layers/kv_cache.h"
+#include "phalanx/layers/linear.h"
+#include "phalanx/layers/memory.h"
+#include "phalanx/layers/rotary.h"
+#include "phalanx/layers/vocab.h"
+#include "phalanx/models/model.h"
+#include "phalanx/weights/arena.h"
+
+namespace phalanx::models {
+
+// A decoder of pre-norm layers: RMS norm, rotary grouped-query attention, gated MLP.
+struct DecoderConfig {
+  ModelInfo info;
+  float rms_norm_eps = 1e-6F;
+  layers::RotaryConfig rotary;
+  int64_t sliding_window = 0;  // positions, 0 = none
+};
+
+// The weights of one rank, as layers. Made with a plan without base it only declares.
+struct DecoderLayers {
+  struct Layer {
+    const float* attention_norm = nullptr;  // [hidden]
+    layers::Attention attention;
+    layers::ShardedLinear output;
+    const float* mlp_norm = nullptr;  // [hidden]
+    layers::GatedMlp mlp;
+  };
+  DecoderLayers(layers::WeightPlan& plan, const DecoderConfig& config,
+                std::span<const RankLayout> layout, int64_t max_step_tokens, int rank);
+  layers::Vocab vocab;
+  std::vector<Layer> layers;
+  const float* final_norm = nullptr;  // [hidden]
+};
+
+// The activations of one step.
+struct Activations {
+  Activations(layers::Carver& carver, const ModelInfo& info, const RankLayout& layout,
+              const ModelOptions& options);
+  layers::MatrixView residual;    // f32 [max_step_tokens, hidden], equal on all ranks
+  layers::MatrixView normed;      // act [max_step_tokens, hidden]
+  layers::MatrixView qkv;         // act [max_step_tokens, own q, k and v columns]
+  layers::MatrixView attention;   // act [max_step_tokens, heads * head_dim], gathered
+  layers::MatrixView delta;       // act [max_step_tokens, hidden], gathered
+  layers::MatrixView mlp;         // act [max_step_tokens, intermediate], gathered
+  layers::MatrixView sampled_residual;   // f32 [max_step_rows, hidden]
+  layers::MatrixView sampled_attention;  // act [max_step_rows, heads * head_dim]
+  layers::MatrixView own_logits;         // f32 [max_step_rows, own vocabulary], not on rank 0
+};
+
+// Adds what keeps `checkpoint` from being loaded.
+void verify_checkpoint(const ModelInfo& info, const weights::Checkpoint& checkpoint,
+                       Problems& problems);
+[[nodiscard]] int64_t parameter_bytes(const ModelInfo& info);
+
+class DecoderModel final : public Model {
+ public:
+  // Verifies, reads and packs. group and pool are lent.
+  DecoderModel(const DecoderConfig& config, std::span<const std::string_view> known_extras,
+               const ModelOptions& options, comm::Group& group, ThreadPool& pool,
+               const std::function<void(int64_t, int64_t)>& progress);
+
+  [[nodiscard]] const ModelInfo& info() const override { return config_.info; }
+  [[nodiscard]] const LoadStats& load_stats() const override { return load_stats_; }
+  [[nodiscard]] StepTimes last_times() const override { return last_times_; }
+  void allocate_kv(int64_t blocks) override;
+  void forward(const StepInputs& inputs, float* logits) override;
+
+ private:
+  void run_layers(const StepInputs& inputs);
+  void run_head(int64_t rows, float* logits);
+
+  DecoderConfig config_;
+  ModelOptions options_;
+  RankLayout own_;
+  comm::Group& group_;
+  ops::Context ctx_;
+  ops::RopeTable rope_;
+  layers::Memory workspace_;
+  std::unique_ptr<Activations> activations_;
+  std::unique_ptr<weights::Arena> arena_;
+  std::unique_ptr<DecoderLayers> layers_;
+  layers::KvCache kv_;
+  LoadStats load_stats_;
+  StepTimes last_times_;
+};
+
+}  // namespace phalanx::models
