@@ -1,0 +1,93 @@
+#include <arpa/inet.h>
+#include <fmt/format.h>
+#include <ifaddrs.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+#include "phalanx/base/error.h"
+#include "phalanx/comm/bootstrap.h"
+#include "phalanx/comm/tcp/address.h"
+
+namespace phalanx::comm {
+
+namespace {
+
+std::string own_addresses() {
+  ifaddrs* list = nullptr;
+  if (::getifaddrs(&list) != 0) return "unknown";
+  std::string text;
+  for (const ifaddrs* entry = list; entry != nullptr; entry = entry->ifa_next) {
+    if (entry->ifa_addr == nullptr) continue;
+    const int family = entry->ifa_addr->sa_family;
+    if (family != AF_INET && family != AF_INET6) continue;
+    char host[INET6_ADDRSTRLEN + 32] = {};
+    const socklen_t size = family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6);
+    if (::getnameinfo(entry->ifa_addr, size, host, sizeof host, nullptr, 0, NI_NUMERICHOST) != 0)
+      continue;
+    text += fmt::format("{}{} ({})", text.empty() ? "" : ", ", host, entry->ifa_name);
+  }
+  ::freeifaddrs(list);
+  return text.empty() ? "none" : text;
+}
+
+}  // namespace
+
+SocketAddress parse_address(const std::string& address, uint16_t port) {
+  SocketAddress out;
+  addrinfo hints{};
+  hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  if (::getaddrinfo(address.c_str(), std::to_string(port).c_str(), &hints, &found) != 0 ||
+      found == nullptr)
+    throw Error(Code::kInvalidArgument,
+                fmt::format("data address: found \"{}\", expected a numeric IPv4 or IPv6 address",
+                            address));
+  std::memcpy(&out.storage, found->ai_addr, found->ai_addrlen);
+  out.size = found->ai_addrlen;
+  ::freeaddrinfo(found);
+  return out;
+}
+
+UniqueFd listen_on(const std::string& address, uint16_t port_begin, uint16_t port_end,
+                   uint16_t* port) {
+  const int first = port_end > 0 ? port_begin : 0;
+  const int last = port_end > 0 ? port_end : 0;
+  if (first > last || (port_end > 0 && first == 0))
+    throw Error(Code::kInvalidArgument,
+                fmt::format("data ports: found {}-{}, expected an ascending range of ports from 1 "
+                            "to 65535",
+                            port_begin, port_end));
+  int failure = 0;
+  for (int candidate = first; candidate <= last; ++candidate) {
+    SocketAddress target = parse_address(address, static_cast<uint16_t>(candidate));
+    UniqueFd fd(::socket(target.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    const int on = 1;
+    if (!fd.valid() ||
+        // Lets a new generation take a port whose old connections are still in TIME_WAIT.
+        ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) != 0 ||
+        ::bind(fd.get(), target.get(), target.size) != 0 || ::listen(fd.get(), SOMAXCONN) != 0 ||
+        ::getsockname(fd.get(), target.get(), &target.size) != 0) {
+      failure = errno;
+      continue;
+    }
+    *port = ntohs(target.storage.ss_family == AF_INET
+                      ? reinterpret_cast<const sockaddr_in&>(target.storage).sin_port
+                      : reinterpret_cast<const sockaddr_in6&>(target.storage).sin6_port);
+    return fd;
+  }
+  throw Error(
+      Code::kUnavailable,
+      fmt::format("cannot listen on data address {} {}: {} (errno {}); this machine has {}. Fix: "
+                  "use an address of this machine and free ports",
+                  address,
+                  port_end > 0 ? fmt::format("ports {}-{}", first, last) : "port chosen by the system",
+                  std::strerror(failure), failure, own_addresses()));
+}
+
+}  // namespace phalanx::comm
