@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "phalanx/base/error.h"
@@ -15,8 +16,8 @@
 namespace phalanx::apps {
 
 struct ServerConfig {
-  std::string ip_address = "127.0.0.1";        // MIES_CONTAINER_IP replaces it
-  std::string management_ip_address;           // MIES_CONTAINER_MANAGEMENT_IP replaces it
+  std::string ip_address = "127.0.0.1";  // MIES_CONTAINER_IP replaces it
+  std::string management_ip_address;     // MIES_CONTAINER_MANAGEMENT_IP replaces it
   int port = 1025, management_port = 1026, metrics_port = 1027;
   bool allow_all_zero_ip = false;
   int64_t max_link_num = 1000;
@@ -25,13 +26,13 @@ struct ServerConfig {
   bool full_text = false;
   std::string open_ai_support = "vllm";
   double token_timeout_s = 600, e2e_timeout_s = 600;
-  bool https = true;                           // httpsEnabled
+  bool https = true;  // httpsEnabled
 };
 
 struct BackendConfig {
-  bool multi_nodes = false;                    // multiNodesInferEnabled
+  bool multi_nodes = false;  // multiNodesInferEnabled
   int multi_nodes_port = 1120;
-  std::optional<bool> inter_node_tls;          // interNodeTLSEnabled as written, if written
+  std::optional<bool> inter_node_tls;  // interNodeTLSEnabled as written, if written
   int64_t tokenizer_threads = 8;
   std::vector<std::vector<int>> device_ids;
 };
@@ -42,7 +43,7 @@ struct ModelConfig {
   int truncation = 0;
   int64_t world_size = 1;
   int64_t cpu_mem_gb = 0;
-  int64_t npu_mem_gb = -1;                     // -1: automatic
+  int64_t npu_mem_gb = -1;  // -1: automatic
   std::optional<std::string> chat_template;
 };
 
@@ -55,13 +56,13 @@ struct ScheduleConfig {
 
 // Everything a node needs to start.
 struct NodeConfig {
-  std::string config_path;                     // empty: started from the command line alone
-  std::string home;                            // install directory, base of relative paths
+  std::string config_path;  // empty: started from the command line alone
+  std::string home;         // install directory, base of relative paths
   ServerConfig server;
   BackendConfig backend;
   ModelConfig model;
   ScheduleConfig schedule;
-  cluster::RankTable table;                    // made up (one server, worldSize ranks) if not multi-node
+  cluster::RankTable table;  // made up (one server, worldSize ranks) if not multi-node
   int own_server = 0;
   double npu_memory_fraction = 0.8;            // NPU_MEMORY_FRACTION
   double connect_timeout_s = 0;                // HCCL_CONNECT_TIMEOUT; 0: not set
@@ -70,17 +71,22 @@ struct NodeConfig {
   int threads_per_rank = 0;                    // PHALANX_THREADS; 0: cores / local ranks
   std::vector<std::string> ignored;            // keys and variables accepted without effect
   std::vector<std::string> warnings;           // one line each
-  std::string digest;                          // of the effective settings that all nodes must share
+  std::string digest;  // of the effective settings that all nodes must share
 };
 
 struct ServeArguments {
-  std::string config_file;                     // --config-file
-  std::string model;                           // --model DIR (no config file then)
-  int tp = 0;                                  // --tp N; 0: one rank
-  std::string host;                            // --host A; empty: 127.0.0.1
-  int port = 0;                                // --port P; 0: 1025
+  std::string config_file;  // --config-file
+  std::string model;        // --model DIR (no config file then)
+  int tp = 0;               // --tp N; 0: one rank
+  std::string host;         // --host A; empty: 127.0.0.1
+  int port = 0;             // --port P; 0: 1025
   std::optional<std::string> served_model_name;
 };
+
+// The settings that all nodes must share, by their key names, for comparison at a join; the digest
+// is made of these. Addresses, paths and what a node may choose for itself are not among them.
+[[nodiscard]] std::vector<std::pair<std::string, std::string>> shared_settings(
+    const NodeConfig& config);
 
 using Environment = std::map<std::string, std::string>;
 [[nodiscard]] Environment process_environment();
