@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 
 #include "phalanx/base/clock.h"
@@ -15,10 +17,11 @@ namespace phalanx::engine {
 class StepExecutor {
  public:
   virtual ~StepExecutor() = default;
-  // Starts the step; returns at once.
+  // Starts the step; returns at once. Throws Error.
   virtual void send(std::span<const std::byte> plan) = 0;
   // Logits f32 [rows, vocab], valid until the next send. Throws Error.
   virtual std::span<const float> wait(Deadline deadline, StepTiming* timing) = 0;
+  // From any thread, more than once; wait() and send() throw Error soon.
   virtual void abort(const std::string& reason) noexcept = 0;
 };
 
@@ -33,6 +36,7 @@ struct EngineOptions {
   int64_t max_batch = 200;             // maxBatchSize: sequences running
   int64_t max_output_tokens = 512;     // maxIterTimes
   int64_t max_step_tokens = 0;         // of the ranks' buffers; >= max_batch; longer prompts are chunked
+                                       // (StepLimits: max_tokens this, max_rows max_batch)
   int64_t max_queue = 2000;            // waiting requests
   uint64_t generation = 1;
   double step_seconds = 600;           // longest wait for one step
@@ -49,11 +53,17 @@ struct EngineStats {
 };
 
 // The head's engine: queue, scheduler (continuous batching, chunked prefill), KV blocks, sampler.
-// One thread of its own. All methods from any thread.
+// One thread of its own. All methods from any thread. Every accepted request gets exactly one final
+// event, whatever happens. A request whose prompt and output pass max_sequence or the whole KV
+// cache ends there with kLength. Plans are numbered from 1; a kStop plan is the owner's to send,
+// after the engine is gone.
 class Engine {
  public:
+  // Throws Error(kInvalidArgument) naming an option that cannot be.
   Engine(const EngineOptions& options, StepExecutor& executor);
-  ~Engine();  // stops at once; running requests end with kCancelled
+  // Stops: running requests end with kCancelled. The step being computed has 2 s to end, then the
+  // executor is aborted.
+  ~Engine();
 
   // `detail` receives a sentence with the numbers when the request is not accepted.
   [[nodiscard]] SubmitResult submit(GenerateRequest request, std::shared_ptr<EventSink> sink,
@@ -63,8 +73,9 @@ class Engine {
   void cancel(const std::string& id);
   // No new requests; returns true when none is left before the deadline.
   bool drain(Deadline deadline);
-  // Ends every request with `error` and refuses new ones. Idempotent. Also called by the engine
-  // itself when the executor throws.
+  // Ends every request with `error` (on the engine thread, soon), refuses new ones and aborts the
+  // executor. Idempotent: the first error counts. Also called by the engine itself when the
+  // executor throws.
   void fail(const Error& error);
   // The error given to fail(), if any.
   [[nodiscard]] std::optional<Error> failure() const;

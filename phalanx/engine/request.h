@@ -68,6 +68,7 @@ enum class SubmitResult {
   kQueueFull,
   kPromptTooLong,   // more than max_input_tokens, max_sequence - 1, or than the KV cache can hold
   kBadToken,        // an id outside the vocabulary
+  kBadParameter,    // an empty prompt, or a sampling value outside its range
   kDuplicateId,
   kStopped,         // draining, stopped or failed
 };

@@ -15,7 +15,7 @@ namespace phalanx::engine {
 // Shared memory between the head and rank 0: one plan area, one logits area, and two sequence
 // words that each side waits on (spin ~50 us, then futex in slices of at most 50 ms). At most one
 // step is outstanding. A result carries (generation, step); anything but the outstanding pair is
-// dropped.
+// dropped. Every kind of plan is answered, kStop too. Layout: step_channel.cc.
 
 // Bytes of the memfd for these limits.
 [[nodiscard]] int64_t step_channel_bytes(const StepLimits& limits);
@@ -33,9 +33,13 @@ class StepChannelHead {
  public:
   StepChannelHead(int memfd, const StepLimits& limits);
   ~StepChannelHead();
+  // Throws Error(kAborted) after abort(), Error(kUnavailable) after a failure of rank 0,
+  // Error(kFailedPrecondition) while a step is outstanding, Error(kInvalidArgument) for a plan
+  // larger than the plan area or without a header.
   void send(std::span<const std::byte> plan);
-  // Waits for the outstanding step. Throws Error(kDeadlineExceeded), Error(kAborted) after abort(),
-  // Error(kUnavailable) with the rank's own message when rank 0 reported a failure.
+  // Waits for the outstanding step. Throws Error(kDeadlineExceeded) (the step stays outstanding and
+  // may be waited for again), Error(kAborted) after abort(), Error(kUnavailable) with the rank's own
+  // message when rank 0 reported a failure. Returns [num_rows * vocab_size] of that plan.
   // The span is valid until the next send.
   std::span<const float> wait_logits(Deadline deadline, StepTiming* timing);
   void abort(const std::string& reason) noexcept;
@@ -51,9 +55,11 @@ class StepChannelRank {
   StepChannelRank(int memfd, const StepLimits& limits);
   ~StepChannelRank();
   // Next plan, or empty when the deadline passed. Throws Error(kAborted) after abort().
+  // The span is valid until publish().
   std::span<const std::byte> wait_plan(Deadline deadline);
-  [[nodiscard]] float* logits();
+  [[nodiscard]] float* logits();  // [max_rows, vocab_size], 64-aligned
   void publish(uint64_t generation, uint64_t step, const StepTiming& timing);
+  // Tells the head; the first message counts.
   void fail(const std::string& message) noexcept;
   void abort(const std::string& reason) noexcept;
 

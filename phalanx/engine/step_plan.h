@@ -41,7 +41,9 @@ struct PlannedSequence {
   int32_t context = 0;
   int32_t block_begin = 0;       // into the block ids
   int32_t block_count = 0;
+  uint32_t tag = 0;              // the request's number in order of admission; names logits files
 };
+static_assert(sizeof(StepPlanHeader) == 48 && sizeof(PlannedSequence) == 24);
 
 // Builds plans in one reused buffer (no allocation once grown).
 class StepPlanWriter {
@@ -49,13 +51,19 @@ class StepPlanWriter {
   void begin(StepKind kind, uint64_t generation, uint64_t step);
   // tokens at positions [context - tokens.size(), context); sample: logits of the last one wanted.
   void add_sequence(std::span<const int32_t> tokens, int32_t context,
-                    std::span<const int32_t> block_table, int32_t block_size, bool sample);
+                    std::span<const int32_t> block_table, int32_t block_size, bool sample,
+                    uint32_t tag = 0);
   // As add_sequence, but the logits of every token are wanted.
   void add_scored_sequence(std::span<const int32_t> tokens, int32_t context,
-                           std::span<const int32_t> block_table, int32_t block_size);
+                           std::span<const int32_t> block_table, int32_t block_size,
+                           uint32_t tag = 0);
+  // Valid until the next begin().
   [[nodiscard]] std::span<const std::byte> finish();
 
  private:
+  void add(std::span<const int32_t> tokens, int32_t context, std::span<const int32_t> block_table,
+           int32_t block_size, uint32_t tag);
+
   StepPlanHeader header_;
   std::vector<int32_t> tokens_, positions_, slots_, rows_, blocks_;
   std::vector<PlannedSequence> sequences_;
@@ -70,20 +78,26 @@ struct StepLimits {
   int64_t blocks = 0;
   int64_t block_size = 0;
   int64_t vocab_size = 0;
+  // No block is in two tables, so all tables together hold at most `blocks` ids.
   [[nodiscard]] int64_t max_plan_bytes() const;
 };
 
 // Views into a plan buffer plus the slices made from it. Valid while the buffer is.
 class StepPlanView {
  public:
-  // Checks every length and index. Throws Error(kDataLoss) naming the field.
+  // Checks every length and index. Throws Error(kDataLoss) naming the field; the view is then
+  // empty. `buffer` is the plan without anything behind it, 4-aligned.
   void decode(std::span<const std::byte> buffer, const StepLimits& limits);
   [[nodiscard]] const StepPlanHeader& header() const { return header_; }
   [[nodiscard]] const models::StepInputs& inputs() const { return inputs_; }
+  [[nodiscard]] std::span<const PlannedSequence> sequences() const { return sequences_; }
 
  private:
+  void decode_body(std::span<const std::byte> buffer, const StepLimits& limits);
+
   StepPlanHeader header_;
   models::StepInputs inputs_;
+  std::span<const PlannedSequence> sequences_;
   std::vector<ops::SequenceSlice> slices_;
 };
 

@@ -10,16 +10,21 @@
 
 namespace phalanx::engine {
 
+inline constexpr int64_t kFirstPieceBytes = 4096;
+
 struct WorkerOptions {
   uint64_t generation = 0;
   StepLimits limits;
-  double idle_seconds = 120;        // longest wait for a plan on ranks other than 0
+  double idle_seconds = 120;        // longest wait of rank 0 for a plan; the others wait for rank 0
+                                    // in a broadcast, under the group's own cap
   std::string logits_folder;        // not empty: every step's logits rows are appended there (rank 0)
 };
 
 // The step loop of one rank: plan (rank 0: from the channel; others: broadcast by rank 0), check,
-// forward, logits (rank 0: into the channel). Returns after a kStop plan. Any error is reported
-// to the head (rank 0) and rethrown; the group is aborted first.
+// forward, logits (rank 0: into the channel). Returns after a kStop plan. A plan must carry this
+// generation and, unless it is kStop, the step after the last one; the first is 1. Any error is
+// reported to the head (rank 0) and rethrown; the group is aborted first.
+// A plan travels as a first piece of kFirstPieceBytes and, where it is longer, the rest.
 // channel: rank 0 only, else nullptr. page: may be nullptr.
 void run_worker(const WorkerOptions& options, models::Model& model, comm::Group& group,
                 StepChannelRank* channel, RankPage* page);

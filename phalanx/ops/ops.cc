@@ -1,16 +1,16 @@
 #include "phalanx/ops/ops.h"
 
-#include <algorithm>
-#include <string>
-
-#include "phalanx/base/error.h"
+#include "phalanx/ops/cpu/cpu.h"
 #include "phalanx/ops/packing.h"
 #include "phalanx/ops/ref/ref.h"
+#include "phalanx/ops/scratch.h"
 
 namespace phalanx::ops {
 namespace {
 
 constexpr NumericClass kFma32 = NumericClass::kFma32;
+
+bool on_reference(const Context& ctx) { return ctx.scratch().kernels == nullptr; }
 
 bool is_act(DType dtype) { return dtype == DType::kBF16 || dtype == DType::kF32; }
 
@@ -50,60 +50,44 @@ void check_kv(const KvLayer& kv) {
 
 }  // namespace
 
-struct Context::Scratch {};
-
-struct Context::State {
-  Options options;
-  ThreadPool& pool;
-  Scratch scratch;
-};
-
-Context::Context(const Options& options, ThreadPool& pool)
-    : state_(new State{options, pool, {}}) {
-  const std::vector<Isa> available = available_isas();
-  if (std::find(available.begin(), available.end(), options.isa) == available.end())
-    throw Error(Code::kInvalidArgument, "this machine or this build has no kernels for \"" +
-                                            std::string(isa_name(options.isa)) + "\"");
-}
-Context::~Context() = default;
-Isa Context::isa() const { return state_->options.isa; }
-ThreadPool& Context::pool() const { return state_->pool; }
-Context::Scratch& Context::scratch() const { return state_->scratch; }
-int64_t Context::scratch_bytes() const { return 0; }
-
-void linear(Context&, const MatrixView& x, const PackedLinear& w, const float* bias,
+void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
             const MatrixView& out) {
   check_linear(x, w, w.rows, out);
-  ref::linear(x, w, bias, out, kFma32);
+  if (on_reference(ctx)) return ref::linear(x, w, bias, out, kFma32);
+  cpu::linear(ctx, x, w, bias, out);
 }
 
-void gated_linear(Context&, const MatrixView& x, const PackedGated& w, const float* gate_bias,
+void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const float* gate_bias,
                   const float* up_bias, const MatrixView& out) {
   check_linear(x, w.panels, w.rows, out);
   PHALANX_CHECK(w.panels.rows == 2 * panels_of(w.rows) * tensor::kPanelRows);
-  ref::gated_linear(x, w, gate_bias, up_bias, out, kFma32);
+  if (on_reference(ctx)) return ref::gated_linear(x, w, gate_bias, up_bias, out, kFma32);
+  cpu::gated_linear(ctx, x, w, gate_bias, up_bias, out);
 }
 
-void rms_norm(Context&, const MatrixView& x, const float* weight, float eps,
+void rms_norm(Context& ctx, const MatrixView& x, const float* weight, float eps,
               const MatrixView& out) {
   check_norm(x, weight, out);
-  ref::rms_norm(x, weight, eps, out);
+  if (on_reference(ctx)) return ref::rms_norm(x, weight, eps, out);
+  cpu::add_norm(ctx, x, nullptr, weight, eps, &out);
 }
 
-void add_rms_norm(Context&, const MatrixView& residual, const MatrixView& delta,
+void add_rms_norm(Context& ctx, const MatrixView& residual, const MatrixView& delta,
                   const float* weight, float eps, const MatrixView& out) {
   check_add(residual, delta);
   check_norm(residual, weight, out);
+  if (!on_reference(ctx)) return cpu::add_norm(ctx, residual, &delta, weight, eps, &out);
   ref::add(residual, delta);
   ref::rms_norm(residual, weight, eps, out);
 }
 
-void add(Context&, const MatrixView& residual, const MatrixView& delta) {
+void add(Context& ctx, const MatrixView& residual, const MatrixView& delta) {
   check_add(residual, delta);
-  ref::add(residual, delta);
+  if (on_reference(ctx)) return ref::add(residual, delta);
+  cpu::add_norm(ctx, residual, &delta, nullptr, 0, nullptr);
 }
 
-void rope_and_store(Context&, const MatrixView& qkv, int64_t q_heads, const RopeTable& rope,
+void rope_and_store(Context& ctx, const MatrixView& qkv, int64_t q_heads, const RopeTable& rope,
                     std::span<const int32_t> positions, std::span<const int32_t> slots,
                     const KvLayer& kv) {
   check_matrix(qkv);
@@ -117,10 +101,11 @@ void rope_and_store(Context&, const MatrixView& qkv, int64_t q_heads, const Rope
     PHALANX_CHECK(positions[t] >= 0 && positions[t] < rope.positions);
     PHALANX_CHECK(slots[t] >= 0 && slots[t] / kv.block_size < kv.blocks);
   }
-  ref::rope_and_store(qkv, q_heads, rope, positions, slots, kv);
+  if (on_reference(ctx)) return ref::rope_and_store(qkv, q_heads, rope, positions, slots, kv);
+  cpu::rope_and_store(ctx, qkv, q_heads, rope, positions, slots, kv);
 }
 
-void attention(Context&, const MatrixView& qkv, std::span<const SequenceSlice> sequences,
+void attention(Context& ctx, const MatrixView& qkv, std::span<const SequenceSlice> sequences,
                const AttentionShape& shape, const KvLayer& kv, const MatrixView& out) {
   check_matrix(qkv);
   check_matrix(out);
@@ -136,7 +121,8 @@ void attention(Context&, const MatrixView& qkv, std::span<const SequenceSlice> s
     PHALANX_CHECK(s.token_begin >= 0 && s.token_count >= 0 && s.token_count <= s.context);
     PHALANX_CHECK(s.token_begin + s.token_count <= qkv.rows && s.block_table != nullptr);
   }
-  ref::attention(qkv, sequences, shape, kv, out, kFma32);
+  if (on_reference(ctx)) return ref::attention(qkv, sequences, shape, kv, out, kFma32);
+  cpu::attention(ctx, qkv, sequences, shape, kv, out);
 }
 
 }  // namespace phalanx::ops

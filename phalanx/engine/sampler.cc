@@ -1,0 +1,413 @@
+#include "phalanx/engine/sampler.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+
+#include "phalanx/base/check.h"
+#include "phalanx/engine/philox.h"
+
+namespace phalanx::engine {
+
+namespace {
+
+constexpr int64_t kPiece = 1024;  // ids per sum
+constexpr int64_t kGroup = 64;    // ids per stored maximum
+constexpr int kMassBuckets = 1024;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+using Floats = float __attribute__((vector_size(16)));
+using Ints = int32_t __attribute__((vector_size(16)));
+
+Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
+Floats select(Ints mask, Floats yes, Floats no) {
+  return std::bit_cast<Floats>((std::bit_cast<Ints>(yes) & mask) |
+                               (std::bit_cast<Ints>(no) & ~mask));
+}
+Floats splat(float v) { return Floats{v, v, v, v}; }
+
+// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; the polynomial is that of Cephes'
+// expf. Adding 1.5 * 2^23 rounds to an integer, which then lies in the low bits.
+Floats exp_not_positive(Floats x) {
+  const Ints tiny = x < splat(-87.0f);
+  x = select(tiny, splat(-87.0f), x);
+  const Floats shifted = x * splat(1.44269504088896341f) + splat(12582912.0f);
+  const Floats n = shifted - splat(12582912.0f);
+  const Floats r = (x - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  const Ints exponent = (std::bit_cast<Ints>(shifted) - 0x4B400000) << 23;
+  return select(tiny, splat(0.0f), std::bit_cast<Floats>(std::bit_cast<Ints>(p) + exponent));
+}
+
+double sum_lanes(const Floats (&lanes)[4]) {
+  const Floats four = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  return static_cast<double>((four[0] + four[1]) + (four[2] + four[3]));
+}
+
+// Weights of up to kPiece ids, exp((x - max) * scale), those below `least` dropped; their sum.
+// out may be null.
+double weigh_piece(const float* x, int64_t count, float max, float scale, float least,
+                   float* out) {
+  Floats sums[4] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (int lane = 0; lane < 4; ++lane) {
+      Floats w = exp_not_positive((load(x + i + 4 * lane) - splat(max)) * splat(scale));
+      w = select(w < splat(least), splat(0.0f), w);
+      sums[lane] += w;
+      if (out != nullptr) store(out + i + 4 * lane, w);
+    }
+  }
+  if (i < count) {
+    float in_tail[16];
+    float out_tail[16];
+    std::fill_n(in_tail, 16, -kInfinity);
+    std::copy(x + i, x + count, in_tail);
+    for (int lane = 0; lane < 4; ++lane) {
+      Floats w = exp_not_positive((load(in_tail + 4 * lane) - splat(max)) * splat(scale));
+      w = select(w < splat(least), splat(0.0f), w);
+      sums[lane] += w;
+      store(out_tail + 4 * lane, w);
+    }
+    if (out != nullptr) std::copy_n(out_tail, count - i, out + i);
+  }
+  return sum_lanes(sums);
+}
+
+double sum_piece(const float* w, int64_t count) {
+  Floats sums[4] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    for (int lane = 0; lane < 4; ++lane) sums[lane] += load(w + i + 4 * lane);
+  }
+  double sum = sum_lanes(sums);
+  for (; i < count; ++i) sum += static_cast<double>(w[i]);
+  return sum;
+}
+
+// Buckets of equal exponent and three leading bits of the fraction, rising with the weight.
+int mass_bucket(float weight) { return static_cast<int>(std::bit_cast<uint32_t>(weight) >> 20); }
+
+bool has_penalty(const SamplingParams& p) {
+  return p.repetition_penalty != 1.0f || p.presence_penalty != 0.0f || p.frequency_penalty != 0.0f;
+}
+
+}  // namespace
+
+float portable_exp(float x) { return exp_not_positive(splat(x))[0]; }
+
+double portable_log(double x) {
+  int exponent = 0;
+  double m = std::frexp(x, &exponent);  // exact; [0.5, 1)
+  if (m < 0.70710678118654752) {
+    m *= 2;
+    --exponent;
+  }
+  // log(m) = 2 atanh(f), |f| <= 0.172.
+  const double f = (m - 1) / (m + 1);
+  const double f2 = f * f;
+  double series = 0;
+  for (int k = 23; k >= 1; k -= 2) series = series * f2 + 1.0 / k;
+  return static_cast<double>(exponent) * 0.69314718055994531 + 2 * f * series;
+}
+
+double log_sum_exp(std::span<const float> row, float max) {
+  double sum = 0;
+  const auto size = static_cast<int64_t>(row.size());
+  for (int64_t i = 0; i < size; i += kPiece) {
+    sum += weigh_piece(row.data() + i, std::min(kPiece, size - i), max, 1.0f, 0.0f, nullptr);
+  }
+  return static_cast<double>(max) + portable_log(sum);
+}
+
+// --- TokenCounts -----------------------------------------------------------------------------
+
+TokenCounts::TokenCounts(int64_t vocab_size, int64_t entries)
+    : index_(static_cast<size_t>(vocab_size), -1) {
+  entries_.reserve(static_cast<size_t>(std::min(entries, vocab_size)));
+}
+
+TokenCounts::Entry& TokenCounts::entry(int32_t token) {
+  int32_t& index = index_[static_cast<size_t>(token)];
+  if (index < 0) {
+    index = static_cast<int32_t>(entries_.size());
+    entries_.push_back({.token = token});
+  }
+  return entries_[static_cast<size_t>(index)];
+}
+
+// --- Sampler ---------------------------------------------------------------------------------
+
+Sampler::Sampler(int64_t vocab_size) : vocab_size_(vocab_size) {
+  const auto size = static_cast<size_t>(vocab_size);
+  adjusted_.resize(size);
+  weights_.resize(size);
+  piece_sums_.resize((size + kPiece - 1) / kPiece);
+  group_max_.resize((size + kGroup - 1) / kGroup);
+  group_order_.resize(group_max_.size());
+  mass_.resize(kMassBuckets);
+  candidates_.reserve(size);
+}
+
+SampleResult Sampler::sample(std::span<const float> logits, const SampleRequest& request,
+                             std::vector<TokenLogprob>* top) {
+  PHALANX_CHECK(static_cast<int64_t>(logits.size()) == vocab_size_);
+  const SamplingParams& params = *request.params;
+  SampleResult result;
+  double raw_lse = 0;
+  if (params.logprobs >= 0) {
+    const Maximum raw = scan(logits);
+    if (!raw.valid) return result;
+    raw_lse = log_sum_exp(logits, raw.value);
+    if (top != nullptr) {
+      top->clear();
+      if (params.logprobs > 0) {
+        select_top(logits, std::min<int64_t>(params.logprobs, vocab_size_));
+        for (const Candidate& c : candidates_) {
+          top->push_back({c.id, static_cast<float>(static_cast<double>(c.value) - raw_lse)});
+        }
+      }
+    }
+  }
+  const std::span<const float> row = adjust(logits, request);
+  const Maximum max = scan(row);
+  if (!max.valid) return result;
+  result.valid = true;
+  result.token = max.id;
+  if (params.temperature >= 1e-5f && params.top_k != 1) {
+    const double uniform = uniform_draw(request.seed, 0, request.position, 0);
+    if (params.top_k > 0 && params.top_k < vocab_size_) {
+      select_top(row, params.top_k);
+      result.token = draw_from_candidates(params, max.value, uniform);
+    } else {
+      result.token = draw_from_row(row, params, max.value, uniform);
+    }
+  }
+  if (params.logprobs >= 0) {
+    result.logprob = static_cast<float>(
+        static_cast<double>(logits[static_cast<size_t>(result.token)]) - raw_lse);
+  }
+  return result;
+}
+
+std::span<const float> Sampler::adjust(std::span<const float> logits,
+                                       const SampleRequest& request) {
+  const SamplingParams& params = *request.params;
+  const bool penalty = has_penalty(params);
+  const bool mask = request.outputs < params.min_tokens && !params.stop_token_ids.empty();
+  if (!penalty && !mask) return logits;
+  std::copy(logits.begin(), logits.end(), adjusted_.begin());
+  if (penalty) {
+    PHALANX_CHECK(request.counts != nullptr);
+    for (const TokenCounts::Entry& e : request.counts->entries()) {
+      float& l = adjusted_[static_cast<size_t>(e.token)];
+      l = l > 0 ? l / params.repetition_penalty : l * params.repetition_penalty;
+      if (e.outputs > 0) {
+        l -= params.frequency_penalty * static_cast<float>(e.outputs);
+        l -= params.presence_penalty;
+      }
+    }
+  }
+  if (mask) {
+    for (const int32_t id : params.stop_token_ids) {
+      if (id >= 0 && id < vocab_size_) adjusted_[static_cast<size_t>(id)] = -kInfinity;
+    }
+  }
+  return adjusted_;
+}
+
+Sampler::Maximum Sampler::scan(std::span<const float> row) {
+  Ints bad = {};
+  bool bad_tail = false;
+  for (int64_t begin = 0; begin < vocab_size_; begin += kGroup) {
+    const float* x = row.data() + begin;
+    float& best = group_max_[static_cast<size_t>(begin / kGroup)];
+    best = -kInfinity;
+    if (begin + kGroup <= vocab_size_) {
+      Floats m[4];
+      for (int lane = 0; lane < 4; ++lane) m[lane] = load(x + 4 * lane);
+      for (int lane = 0; lane < 4; ++lane) bad |= m[lane] != m[lane];
+      for (int i = 16; i < kGroup; i += 16) {
+        for (int lane = 0; lane < 4; ++lane) {
+          const Floats v = load(x + i + 4 * lane);
+          bad |= v != v;
+          m[lane] = select(v > m[lane], v, m[lane]);
+        }
+      }
+      m[0] = select(m[1] > m[0], m[1], m[0]);
+      m[2] = select(m[3] > m[2], m[3], m[2]);
+      m[0] = select(m[2] > m[0], m[2], m[0]);
+      for (int i = 0; i < 4; ++i) best = std::max(best, m[0][i]);
+    } else {
+      for (int64_t i = 0; i < vocab_size_ - begin; ++i) {
+        bad_tail |= std::isnan(x[i]);
+        best = std::max(best, x[i]);
+      }
+    }
+  }
+  Maximum max;
+  if (bad_tail || (bad[0] | bad[1] | bad[2] | bad[3]) != 0) return max;
+  size_t group = 0;
+  for (size_t g = 1; g < group_max_.size(); ++g) {
+    if (group_max_[g] > group_max_[group]) group = g;
+  }
+  max.value = group_max_[group];
+  if (!std::isfinite(max.value)) return max;
+  int64_t id = static_cast<int64_t>(group) * kGroup;
+  while (row[static_cast<size_t>(id)] != max.value) ++id;
+  max.id = static_cast<int32_t>(id);
+  max.valid = true;
+  return max;
+}
+
+// The k highest of the row that was scanned last, best first, into candidates_. The k-th highest
+// maximum of a group is a lower bound of the k-th highest value, so most groups are never looked at.
+void Sampler::select_top(std::span<const float> row, int64_t k) {
+  float bound = -kInfinity;
+  if (k < static_cast<int64_t>(group_max_.size())) {
+    std::copy(group_max_.begin(), group_max_.end(), group_order_.begin());
+    std::nth_element(group_order_.begin(), group_order_.begin() + (k - 1), group_order_.end(),
+                     std::greater<>());
+    bound = group_order_[static_cast<size_t>(k - 1)];
+  }
+  candidates_.clear();
+  for (size_t g = 0; g < group_max_.size(); ++g) {
+    if (group_max_[g] < bound) continue;
+    const auto begin = static_cast<int64_t>(g) * kGroup;
+    const int64_t end = std::min(begin + kGroup, vocab_size_);
+    for (int64_t i = begin; i < end; ++i) {
+      const float value = row[static_cast<size_t>(i)];
+      if (value >= bound) candidates_.push_back({value, static_cast<int32_t>(i)});
+    }
+  }
+  const auto better = [](const Candidate& a, const Candidate& b) {
+    return a.value != b.value ? a.value > b.value : a.id < b.id;
+  };
+  const auto middle = candidates_.begin() + std::min<int64_t>(k, std::ssize(candidates_));
+  std::partial_sort(candidates_.begin(), middle, candidates_.end(), better);
+  candidates_.erase(middle, candidates_.end());
+}
+
+int32_t Sampler::draw_from_candidates(const SamplingParams& params, float max, double uniform) {
+  const float scale = 1.0f / params.temperature;
+  double total = 0;
+  size_t kept = 0;
+  for (Candidate& c : candidates_) {
+    c.value = portable_exp((c.value - max) * scale);
+    if (kept > 0 && (c.value < params.min_p || c.value == 0)) break;
+    total += static_cast<double>(c.value);
+    ++kept;
+  }
+  if (params.top_p < 1.0f) {
+    const double wanted = static_cast<double>(params.top_p) * total;
+    double sum = 0;
+    size_t n = 0;
+    while (n < kept && (n == 0 || sum < wanted)) sum += static_cast<double>(candidates_[n++].value);
+    kept = n;
+    total = sum;
+  }
+  const double target = uniform * total;
+  double sum = 0;
+  for (size_t i = 0; i < kept; ++i) {
+    sum += static_cast<double>(candidates_[i].value);
+    if (sum > target) return candidates_[i].id;
+  }
+  return candidates_[kept - 1].id;
+}
+
+int32_t Sampler::draw_from_row(std::span<const float> row, const SamplingParams& params, float max,
+                               double uniform) {
+  const float scale = 1.0f / params.temperature;
+  double total = 0;
+  for (size_t p = 0; p < piece_sums_.size(); ++p) {
+    const auto begin = static_cast<int64_t>(p) * kPiece;
+    piece_sums_[p] = weigh_piece(row.data() + begin, std::min(kPiece, vocab_size_ - begin), max,
+                                 scale, params.min_p, weights_.data() + begin);
+    total += piece_sums_[p];
+  }
+  if (params.top_p < 1.0f) {
+    keep_top_p(static_cast<double>(params.top_p), total);
+    total = 0;
+    for (size_t p = 0; p < piece_sums_.size(); ++p) {
+      const auto begin = static_cast<int64_t>(p) * kPiece;
+      piece_sums_[p] =
+          sum_piece(weights_.data() + begin, std::min(kPiece, vocab_size_ - begin));
+      total += piece_sums_[p];
+    }
+  }
+  const double target = uniform * total;
+  double before = 0;
+  int32_t last = 0;
+  for (size_t p = 0; p < piece_sums_.size(); ++p) {
+    if (before + piece_sums_[p] <= target && p + 1 < piece_sums_.size()) {
+      before += piece_sums_[p];
+      continue;
+    }
+    const auto begin = static_cast<int64_t>(p) * kPiece;
+    const int64_t end = std::min(begin + kPiece, vocab_size_);
+    bool any = false;
+    double sum = before;
+    for (int64_t i = begin; i < end; ++i) {
+      const float w = weights_[static_cast<size_t>(i)];
+      if (w == 0) continue;
+      any = true;
+      last = static_cast<int32_t>(i);
+      sum += static_cast<double>(w);
+      if (sum > target) return last;
+    }
+    // The piece's sum and this one round differently: the last id of the piece takes the rest.
+    if (any) return last;
+    before += piece_sums_[p];
+  }
+  for (int64_t i = vocab_size_; i-- > 0;) {
+    if (weights_[static_cast<size_t>(i)] > 0) return static_cast<int32_t>(i);
+  }
+  return last;
+}
+
+// Zeroes the weights outside the shortest run of the heaviest that reaches top_p * total. The
+// bucket in which the run ends is found by mass; only that bucket is sorted.
+void Sampler::keep_top_p(double top_p, double total) {
+  std::fill(mass_.begin(), mass_.end(), 0.0);
+  for (const float w : weights_) mass_[static_cast<size_t>(mass_bucket(w))] += static_cast<double>(w);
+  const double wanted = top_p * total;
+  double sum = 0;
+  int bucket = kMassBuckets - 1;
+  while (bucket > 0 && sum + mass_[static_cast<size_t>(bucket)] < wanted) {
+    sum += mass_[static_cast<size_t>(bucket--)];
+  }
+  candidates_.clear();
+  for (int64_t i = 0; i < vocab_size_; ++i) {
+    const float w = weights_[static_cast<size_t>(i)];
+    if (w > 0 && mass_bucket(w) == bucket) candidates_.push_back({w, static_cast<int32_t>(i)});
+  }
+  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
+    return a.value != b.value ? a.value > b.value : a.id < b.id;
+  });
+  Candidate last{.value = 0, .id = std::numeric_limits<int32_t>::max()};
+  for (const Candidate& c : candidates_) {
+    last = c;
+    sum += static_cast<double>(c.value);
+    if (sum >= wanted) break;
+  }
+  for (int64_t i = 0; i < vocab_size_; ++i) {
+    float& w = weights_[static_cast<size_t>(i)];
+    if (w < last.value || (w == last.value && i > last.id)) w = 0;
+  }
+}
+
+}  // namespace phalanx::engine

@@ -1,0 +1,108 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "phalanx/engine/request.h"
+
+namespace phalanx::engine {
+
+// How often each token occurred in one sequence; what the penalties need. One entry per different
+// token; costs 4 bytes per vocabulary entry, so it exists only where a penalty is asked for.
+class TokenCounts {
+ public:
+  struct Entry {
+    int32_t token = 0;
+    int32_t outputs = 0;  // 0: only in the prompt
+  };
+  // Room for `entries` different tokens.
+  TokenCounts(int64_t vocab_size, int64_t entries);
+  void add_prompt(int32_t token) { (void)entry(token); }
+  void add_output(int32_t token) { ++entry(token).outputs; }
+  [[nodiscard]] std::span<const Entry> entries() const { return entries_; }
+
+ private:
+  Entry& entry(int32_t token);
+  std::vector<Entry> entries_;
+  std::vector<int32_t> index_;  // of the token's entry, -1: none
+};
+
+// What one row of logits is sampled with.
+struct SampleRequest {
+  const SamplingParams* params = nullptr;
+  uint64_t seed = 0;
+  uint32_t position = 0;                // of the new token in its sequence
+  int32_t outputs = 0;                  // tokens generated so far
+  const TokenCounts* counts = nullptr;  // needed with a penalty
+};
+
+struct SampleResult {
+  bool valid = false;  // false: NaN, +inf, or no token with a finite logit
+  int32_t token = 0;
+  float logprob = 0;  // with params->logprobs >= 0
+};
+
+// One row of logits to one token, a function of its arguments alone (no state, no library
+// exponential), so that batch, order and machine change nothing. In this order, as vLLM:
+//
+//   l = logit
+//   repetition:  token in prompt or output: l = l > 0 ? l / r : l * r
+//   frequency:   l -= f * (count in output);  presence: l -= p if in output
+//   min_tokens:  stop ids get -inf while outputs < min_tokens
+//   temperature: below 1e-5 the highest l wins; else l / temperature
+//   min_p:       keeps exp(l - max) >= min_p
+//   top_k:       keeps the k highest
+//   top_p:       keeps the shortest run of the most probable whose probabilities (of those still
+//                kept) reach top_p; never empty
+//   draw:        inverse of the distribution function over what is kept, with one Philox draw of
+//                (seed, position)
+//
+// Ties go to the lower id everywhere. Log-probabilities are those of the raw logits' log-softmax,
+// before all of the above (vLLM's "raw_logprobs"). Sums run over pieces of 1,024 ids, each in 16
+// float lanes added as a tree, the pieces in ascending order in double.
+// One thread; no allocation after construction unless top log-probabilities are asked for.
+class Sampler {
+ public:
+  explicit Sampler(int64_t vocab_size);
+  // logits: [vocab_size]. top: receives the params->logprobs most probable tokens, best first.
+  SampleResult sample(std::span<const float> logits, const SampleRequest& request,
+                      std::vector<TokenLogprob>* top);
+
+ private:
+  struct Candidate {
+    float value = 0;
+    int32_t id = 0;
+  };
+  struct Maximum {
+    bool valid = false;
+    float value = 0;
+    int32_t id = 0;
+  };
+  std::span<const float> adjust(std::span<const float> logits, const SampleRequest& request);
+  Maximum scan(std::span<const float> row);
+  void select_top(std::span<const float> row, int64_t k);
+  int32_t draw_from_candidates(const SamplingParams& params, float max, double uniform);
+  int32_t draw_from_row(std::span<const float> row, const SamplingParams& params, float max,
+                        double uniform);
+  void keep_top_p(double top_p, double total);
+
+  int64_t vocab_size_;
+  std::vector<float> adjusted_;         // [vocab_size]
+  std::vector<float> weights_;          // [vocab_size], exp of the shifted logits
+  std::vector<double> piece_sums_;      // of weights_
+  std::vector<float> group_max_;        // of the last row scanned, 64 ids each
+  std::vector<float> group_order_;
+  std::vector<double> mass_;            // of weights_ by exponent and leading bits
+  std::vector<Candidate> candidates_;
+};
+
+// log(sum(exp(row))) in the order told above; row has no NaN and a finite maximum.
+[[nodiscard]] double log_sum_exp(std::span<const float> row, float max);
+// Natural logarithm of a positive finite number, to about 1e-15 relative; same bits everywhere.
+[[nodiscard]] double portable_log(double x);
+// exp for x <= 0 to about 2e-7 relative, 0 below -87; same bits everywhere.
+[[nodiscard]] float portable_exp(float x);
+
+}  // namespace phalanx::engine

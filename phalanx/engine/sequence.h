@@ -1,0 +1,42 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "phalanx/engine/request.h"
+#include "phalanx/engine/sampler.h"
+
+namespace phalanx::engine {
+
+// One accepted request in the head: everything that a replay needs, and its place in the KV cache.
+// Owned and changed by the engine thread; only cancel_requested is set by others.
+//
+// Invariant: the KV cache holds tokens [0, computed) in `blocks`; while running,
+// computed < tokens.size(), and the last token is the newest accepted one.
+struct Sequence {
+  std::string id;
+  uint32_t tag = 0;                 // number in order of admission
+  SamplingParams params;
+  uint64_t seed = 0;                // drawn at admission if the request had none
+  std::shared_ptr<EventSink> sink;
+  std::atomic<bool> cancel_requested{false};
+
+  std::vector<int32_t> tokens;      // prompt and accepted output; capacity for all of it
+  int32_t prompt_count = 0;
+  int32_t max_outputs = 0;
+  std::optional<TokenCounts> counts;  // with a penalty
+
+  std::vector<int32_t> blocks;      // capacity for the longest this can get
+  int32_t computed = 0;
+  int32_t planned = 0;              // tokens in the step being computed
+  bool finished = false;            // its final event is made; leaves at the next collect
+
+  [[nodiscard]] int32_t length() const { return static_cast<int32_t>(tokens.size()); }
+  [[nodiscard]] int32_t outputs() const { return length() - prompt_count; }
+};
+
+}  // namespace phalanx::engine

@@ -1,0 +1,131 @@
+#pragma once
+
+// A model cut over N ranks, each a thread of the test, stepped as one.
+
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "phalanx/comm/bootstrap.h"
+#include "phalanx/models/model.h"
+
+namespace phalanx::models {
+
+inline constexpr int64_t kTestBlock = 16;
+inline constexpr int64_t kTestSequence = 320;
+
+// One sequence's part of a step.
+struct TestSlice {
+  int sequence = 0;                // its number; blocks follow from it
+  int64_t begin = 0;               // first position
+  std::vector<int32_t> tokens;     // at positions begin, begin + 1, ...
+};
+
+struct TestStep {
+  std::vector<TestSlice> slices;
+  bool sample_all = true;  // logits of every token, else of the last of each slice
+};
+
+// Flat arrays of a step. Blocks of a sequence are scattered, as they are in service.
+struct FlatStep {
+  FlatStep(const TestStep& step, int64_t sequences) {
+    const int64_t blocks_per_sequence = kTestSequence / kTestBlock;
+    tables.reserve(step.slices.size());
+    for (const TestSlice& slice : step.slices) {
+      std::vector<int32_t> table;
+      for (int64_t b = 0; b < blocks_per_sequence; ++b)
+        table.push_back(static_cast<int32_t>((blocks_per_sequence - 1 - b) * sequences +
+                                             slice.sequence));
+      tables.push_back(std::move(table));
+      const auto count = static_cast<int32_t>(slice.tokens.size());
+      slices.push_back({.token_begin = static_cast<int32_t>(tokens.size()),
+                        .token_count = count,
+                        .context = static_cast<int32_t>(slice.begin) + count,
+                        .block_table = tables.back().data()});
+      for (int32_t i = 0; i < count; ++i) {
+        const auto position = static_cast<int32_t>(slice.begin) + i;
+        if (step.sample_all || i + 1 == count) rows.push_back(static_cast<int32_t>(tokens.size()));
+        tokens.push_back(slice.tokens[static_cast<size_t>(i)]);
+        positions.push_back(position);
+        slots.push_back(tables.back()[static_cast<size_t>(position / kTestBlock)] *
+                            static_cast<int32_t>(kTestBlock) +
+                        position % static_cast<int32_t>(kTestBlock));
+      }
+    }
+  }
+  [[nodiscard]] StepInputs inputs() const {
+    return {.tokens = tokens, .positions = positions, .slots = slots, .sequences = slices,
+            .sample_rows = rows};
+  }
+  std::vector<std::vector<int32_t>> tables;
+  std::vector<ops::SequenceSlice> slices;
+  std::vector<int32_t> tokens, positions, slots, rows;
+};
+
+struct RunOptions {
+  std::string directory;
+  ops::Isa isa = ops::Isa::kRef;
+  std::vector<double> weights = {1.0};
+  int threads = 1;          // per rank
+  int64_t sequences = 1;    // at once
+  int64_t max_tokens = 512;
+  std::vector<LoadStats>* load_stats = nullptr;  // receives one per rank
+};
+
+// Logits of all steps, one after the other: [sum of rows, vocab].
+inline std::vector<float> run_steps(const RunOptions& options, const std::vector<TestStep>& steps) {
+  const int ranks = static_cast<int>(options.weights.size());
+  const UniqueFd memory = comm::create_node_memory(ranks);
+  comm::GroupOptions group_options;
+  for (int r = 0; r < ranks; ++r) group_options.members.push_back({.rank = r, .host = "test"});
+  std::vector<float> logits;
+  std::vector<std::exception_ptr> errors(static_cast<size_t>(ranks));
+  if (options.load_stats != nullptr) options.load_stats->resize(static_cast<size_t>(ranks));
+  const auto run_rank = [&](int rank) {
+    try {
+      comm::GroupOptions mine = group_options;
+      mine.rank = rank;
+      const auto group =
+          ranks == 1 ? comm::single_group() : comm::form_group(mine, -1, memory.get());
+      ThreadPool pool({.threads = options.threads, .spin_us = 0});
+      const ModelOptions model_options{.directory = options.directory,
+                                       .isa = options.isa,
+                                       .max_step_tokens = options.max_tokens,
+                                       .max_step_rows = options.max_tokens,
+                                       .max_sequence = kTestSequence,
+                                       .block_size = kTestBlock,
+                                       .weights = options.weights,
+                                       .rank = rank};
+      const auto model = load_model(model_options, *group, pool, nullptr);
+      if (options.load_stats != nullptr)
+        (*options.load_stats)[static_cast<size_t>(rank)] = model->load_stats();
+      model->allocate_kv(kTestSequence / kTestBlock * options.sequences);
+      for (const TestStep& step : steps) {
+        const FlatStep flat(step, options.sequences);
+        std::vector<float> out;
+        if (rank == 0)
+          out.resize(flat.rows.size() * static_cast<size_t>(model->info().vocab_size));
+        model->forward(flat.inputs(), rank == 0 ? out.data() : nullptr);
+        if (rank == 0) logits.insert(logits.end(), out.begin(), out.end());
+      }
+    } catch (...) {
+      errors[static_cast<size_t>(rank)] = std::current_exception();
+    }
+  };
+  std::vector<std::thread> others;
+  for (int r = 1; r < ranks; ++r) others.emplace_back(run_rank, r);
+  run_rank(0);
+  for (std::thread& t : others) t.join();
+  for (const std::exception_ptr& e : errors)
+    if (e) std::rethrow_exception(e);
+  return logits;
+}
+
+}  // namespace phalanx::models

@@ -1,0 +1,256 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "phalanx/ops/ref/ref.h"
+#include "phalanx/ops/test_data.h"
+
+namespace phalanx::ops {
+namespace {
+
+// Whole sequences of random q, k and v, paged in a random order, and the attention of any part.
+struct Case {
+  struct Shape {
+    int64_t q_heads = 4;
+    int64_t q_head_begin = 0;
+    int64_t group = 2;
+    int64_t head_dim = 64;
+    int64_t block_size = 16;
+    int64_t window = 0;
+    DType act = DType::kBF16;
+    DType kv = DType::kBF16;
+    std::vector<int32_t> contexts;
+  };
+
+  explicit Case(const Shape& s)
+      : shape(s),
+        total(std::accumulate(s.contexts.begin(), s.contexts.end(), int64_t{0})),
+        qkv(random_matrix(s.act, total, s.q_heads * s.head_dim, 1, 2.0f, s.q_heads * s.head_dim + 8)),
+        k(s.kv, 0, 0),
+        v(s.kv, 0, 0) {
+    attention_shape = {.q_heads = s.q_heads,
+                       .q_head_begin = s.q_head_begin,
+                       .group = s.group,
+                       .kv_head_begin = s.q_head_begin / s.group,
+                       .head_dim = s.head_dim,
+                       .scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim)),
+                       .window = s.window};
+    const int64_t kv_heads =
+        (s.q_head_begin + s.q_heads - 1) / s.group - attention_shape.kv_head_begin + 1;
+    int64_t blocks = 1;
+    for (const int32_t c : s.contexts) blocks += (c + s.block_size - 1) / s.block_size;
+    k = random_matrix(s.kv, blocks * kv_heads * s.block_size, s.head_dim, 2, 2.0f);
+    v = random_matrix(s.kv, blocks * kv_heads * s.block_size, s.head_dim, 3, 1.0f);
+    std::vector<int32_t> ids(static_cast<size_t>(blocks));
+    std::iota(ids.begin(), ids.end(), 0);
+    std::shuffle(ids.begin(), ids.end(), std::mt19937(4));
+    for (const int32_t c : s.contexts) {
+      tables.emplace_back();
+      for (int64_t b = 0; b < (c + s.block_size - 1) / s.block_size; ++b) {
+        tables.back().push_back(ids.back());
+        ids.pop_back();
+      }
+      // What lies in a block behind the sequence is nobody's business.
+      for (int64_t j = c; j < static_cast<int64_t>(tables.back().size()) * s.block_size; ++j) {
+        for (int64_t h = 0; h < kv_heads; ++h) {
+          const int64_t row =
+              (tables.back().back() * kv_heads + h) * s.block_size + j % s.block_size;
+          for (int64_t i = 0; i < s.head_dim; ++i) {
+            k.set(row, i, std::numeric_limits<float>::quiet_NaN());
+            v.set(row, i, std::numeric_limits<float>::infinity());
+          }
+        }
+      }
+    }
+    layer = {.k = static_cast<std::byte*>(k.view().data),
+             .v = static_cast<std::byte*>(v.view().data),
+             .dtype = s.kv,
+             .blocks = blocks,
+             .block_size = s.block_size,
+             .kv_heads = kv_heads,
+             .head_dim = s.head_dim};
+  }
+
+  // All tokens of all sequences in one step.
+  [[nodiscard]] std::vector<SequenceSlice> whole() const {
+    std::vector<SequenceSlice> slices;
+    int32_t at = 0;
+    for (size_t s = 0; s < tables.size(); ++s) {
+      slices.push_back({at, shape.contexts[s], shape.contexts[s], tables[s].data()});
+      at += shape.contexts[s];
+    }
+    return slices;
+  }
+
+  [[nodiscard]] Matrix reference(NumericClass numeric_class) const {
+    Matrix out(shape.act, total, shape.q_heads * shape.head_dim);
+    ref::attention(qkv.view(), whole(), attention_shape, layer, out.view(), numeric_class);
+    return out;
+  }
+
+  [[nodiscard]] Matrix run(Context& ctx) const {
+    Matrix out(shape.act, total, shape.q_heads * shape.head_dim);
+    attention(ctx, qkv.view(), whole(), attention_shape, layer, out.view());
+    return out;
+  }
+
+  // Each sequence in pieces of `piece` tokens, all sequences together in each step, as in
+  // continuous batching.
+  [[nodiscard]] Matrix run_in_pieces(Context& ctx, int32_t piece) const {
+    const int64_t width = shape.q_heads * shape.head_dim;
+    Matrix out(shape.act, total, width);
+    const int32_t longest = *std::max_element(shape.contexts.begin(), shape.contexts.end());
+    const auto size = tensor::dtype_bytes(shape.act);
+    for (int32_t done = 0; done < longest; done += piece) {
+      std::vector<SequenceSlice> slices;
+      std::vector<int64_t> rows;
+      int32_t first = 0;
+      for (size_t s = 0; s < tables.size(); ++s) {
+        const int32_t count = std::min(piece, shape.contexts[s] - done);
+        if (count > 0)
+          slices.push_back(
+              {static_cast<int32_t>(rows.size()), count, done + count, tables[s].data()});
+        for (int32_t i = 0; i < count; ++i) rows.push_back(first + done + i);
+        first += shape.contexts[s];
+      }
+      Matrix step(shape.act, static_cast<int64_t>(rows.size()), width);
+      Matrix result(shape.act, static_cast<int64_t>(rows.size()), width, width + 5);
+      for (size_t r = 0; r < rows.size(); ++r)
+        std::memcpy(step.view().row<std::byte>(0) + r * static_cast<size_t>(width) * size,
+                    qkv.row_bits(rows[r]).data(), static_cast<size_t>(width) * size);
+      attention(ctx, step.view(), slices, attention_shape, layer, result.view());
+      for (size_t r = 0; r < rows.size(); ++r)
+        std::memcpy(out.view().row<std::byte>(0) + rows[r] * width * static_cast<int64_t>(size),
+                    result.row_bits(static_cast<int64_t>(r)).data(),
+                    static_cast<size_t>(width) * size);
+    }
+    return out;
+  }
+
+  Shape shape;
+  int64_t total;
+  AttentionShape attention_shape;
+  Matrix qkv;
+  Matrix k;
+  Matrix v;
+  std::vector<std::vector<int32_t>> tables;
+  KvLayer layer;
+};
+
+class AttentionOf : public testing::TestWithParam<Isa> {
+ protected:
+  NumericClass numeric_class() const { return numeric_class_of(GetParam()); }
+};
+INSTANTIATE_TEST_SUITE_P(AllPaths, AttentionOf, testing::ValuesIn(available_isas()),
+                         [](const auto& info) { return std::string(isa_name(info.param)); });
+
+TEST_P(AttentionOf, AgreesWithSoftmaxInDoublePrecision) {
+  for (const DType kv : {DType::kBF16, DType::kF32}) {
+    const Case c({.q_heads = 3, .group = 3, .head_dim = 24, .act = DType::kF32, .kv = kv,
+                  .contexts = {1, 2, 300, 37}});
+    Runner runner(GetParam(), 2);
+    const Matrix out = c.run(runner.ctx);
+    int64_t row = 0;
+    for (size_t s = 0; s < c.tables.size(); ++s) {
+      for (int64_t p = 0; p < c.shape.contexts[s]; ++p, ++row) {
+        for (int64_t h = 0; h < 3; ++h) {
+          std::vector<double> weights;
+          double total = 0;
+          std::vector<double> expected(24);
+          for (int64_t j = 0; j <= p; ++j) {
+            const int64_t at = c.tables[s][static_cast<size_t>(j / 16)] * 16 + j % 16;
+            double score = 0;
+            for (int64_t i = 0; i < 24; ++i)
+              score += static_cast<double>(c.qkv.get(row, h * 24 + i)) * c.k.get(at, i);
+            const double weight = std::exp(score / std::sqrt(24.0));
+            total += weight;
+            for (int64_t i = 0; i < 24; ++i)
+              expected[static_cast<size_t>(i)] += weight * c.v.get(at, i);
+          }
+          for (int64_t i = 0; i < 24; ++i)
+            ASSERT_NEAR(out.get(row, h * 24 + i), expected[static_cast<size_t>(i)] / total, 3e-6)
+                << "sequence " << s << ", position " << p;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(AttentionOf, GivesTheBitsOfItsClass) {
+  std::vector<Case::Shape> shapes;
+  for (const int64_t head_dim : {8, 12, 64, 80, 96, 128})
+    shapes.push_back({.head_dim = head_dim, .contexts = {1, 33, 5}});
+  for (const int64_t group : {1, 2, 3, 4, 8})
+    shapes.push_back({.q_heads = group, .group = group, .head_dim = 16, .contexts = {1, 20, 90}});
+  // A range of heads that begins and ends in the middle of a group.
+  shapes.push_back({.q_heads = 5, .q_head_begin = 2, .group = 3, .contexts = {18, 3}});
+  shapes.push_back({.q_heads = 9, .q_head_begin = 7, .group = 4, .head_dim = 9, .contexts = {50}});
+  for (const int64_t block_size : {1, 5, 16, 128})
+    shapes.push_back({.q_heads = 2, .head_dim = 16, .block_size = block_size,
+                      .contexts = {300, 17, 129}});
+  for (const int64_t window : {1, 7, 64, 300})
+    shapes.push_back({.q_heads = 2, .head_dim = 16, .window = window, .contexts = {600, 7}});
+  shapes.push_back({.q_heads = 2, .head_dim = 16, .act = DType::kF32, .kv = DType::kF32,
+                    .contexts = {530, 31}});
+  shapes.push_back({.q_heads = 2, .head_dim = 16, .act = DType::kF32, .kv = DType::kBF16,
+                    .contexts = {270}});
+  for (const Case::Shape& shape : shapes) {
+    const Case c(shape);
+    const Matrix expected = c.reference(numeric_class());
+    for (const int threads : {1, 2, 3}) {
+      Runner runner(GetParam(), threads);
+      ASSERT_EQ(c.run(runner.ctx).bits(), expected.bits())
+          << "head_dim " << shape.head_dim << ", group " << shape.group << ", block "
+          << shape.block_size << ", window " << shape.window << ", threads " << threads;
+      if (GetParam() == Isa::kRef) break;
+      for (const int32_t piece : {1, 7, 64})
+        ASSERT_EQ(c.run_in_pieces(runner.ctx, piece).bits(), expected.bits())
+            << "head_dim " << shape.head_dim << ", group " << shape.group << ", block "
+            << shape.block_size << ", window " << shape.window << ", threads " << threads
+            << ", pieces of " << piece;
+    }
+  }
+}
+
+// Long contexts: decoding one by one, whole prefill and chunked prefill agree.
+TEST_P(AttentionOf, LongContextsDoNotDependOnTheWay) {
+  std::vector<int32_t> contexts = {1500, 256, 257};
+  if (GetParam() == Isa::kRef) contexts = {257, 30};
+  const Case c({.q_heads = 4, .group = 4, .head_dim = 64, .block_size = 128, .contexts = contexts});
+  Runner one(GetParam(), 1);
+  Runner three(GetParam(), 3);
+  const Matrix expected = c.run(one.ctx);
+  ASSERT_EQ(c.run(three.ctx).bits(), expected.bits());
+  ASSERT_EQ(c.run_in_pieces(one.ctx, 1).bits(), expected.bits());
+  ASSERT_EQ(c.run_in_pieces(three.ctx, 1).bits(), expected.bits());
+  ASSERT_EQ(c.run_in_pieces(three.ctx, 100).bits(), expected.bits());
+  ASSERT_EQ(c.run_in_pieces(one.ctx, 512).bits(), expected.bits());
+}
+
+TEST_P(AttentionOf, BadNumbersStayInTheirSequence) {
+  const Case clean({.head_dim = 32, .contexts = {40, 9, 70}});
+  Case bad({.head_dim = 32, .contexts = {40, 9, 70}});
+  // Position 3 of the second sequence, every KV head.
+  for (int64_t h = 0; h < bad.layer.kv_heads; ++h) {
+    const int64_t row = (bad.tables[1][0] * bad.layer.kv_heads + h) * 16 + 3;
+    bad.k.set(row, 0, std::numeric_limits<float>::quiet_NaN());
+    bad.v.set(row, 1, std::numeric_limits<float>::infinity());
+  }
+  bad.qkv.set(100, 0, std::numeric_limits<float>::infinity());
+  Runner runner(GetParam(), 2);
+  const Matrix expected = clean.run(runner.ctx);
+  const Matrix out = bad.run(runner.ctx);
+  for (int64_t t = 0; t < out.view().rows; ++t) {
+    if ((t >= 43 && t < 49) || t == 100) {
+      EXPECT_FALSE(std::isfinite(out.get(t, 0))) << t;
+    } else {
+      EXPECT_EQ(out.row_bits(t), expected.row_bits(t)) << t;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace phalanx::ops

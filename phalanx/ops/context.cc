@@ -1,0 +1,111 @@
+#include <algorithm>
+#include <new>
+#include <string>
+
+#include "phalanx/base/error.h"
+#include "phalanx/ops/ops.h"
+#include "phalanx/ops/packing.h"
+#include "phalanx/ops/scratch.h"
+
+namespace phalanx::ops {
+namespace {
+
+// Deals out aligned pieces of one allocation; without memory it only counts.
+class Pieces {
+ public:
+  explicit Pieces(std::byte* memory) : memory_(memory) {}
+  template <typename T>
+  T* take(int64_t count) {
+    const int64_t at = used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 127) / 128 * 128;
+    return memory_ != nullptr ? reinterpret_cast<T*>(memory_ + at) : nullptr;
+  }
+  [[nodiscard]] int64_t used() const { return used_; }
+
+ private:
+  std::byte* memory_;
+  int64_t used_ = 0;
+};
+
+const cpu::Kernels* kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::kAvx2: return &cpu::avx2_kernels();
+    case Isa::kAvx512: return &cpu::avx512_kernels();
+    case Isa::kAvx512Bf16: return &cpu::avx512bf16_kernels();
+    default: break;
+  }
+#endif
+  PHALANX_CHECK(isa == Isa::kRef);
+  return nullptr;
+}
+
+void lay_out(const Context::Options& options, int threads, Pieces& pieces,
+             Context::Scratch& scratch) {
+  const int64_t head_dim = (options.max_head_dim + 15) / 16 * 16;
+  const int64_t rows = scratch.query_rows;
+  if (!scratch.kernels->pairs)
+    scratch.widened = pieces.take<float>(options.max_tokens * options.max_k);
+  for (ThreadScratch& t : scratch.threads) {
+    t.sums = pieces.take<float>(kTokenBlock * cpu::kGroupPanels * tensor::kPanelRows);
+    t.queries = pieces.take<float>(rows * head_dim);
+    t.keys = pieces.take<std::byte>(kAttentionChunk / 16 * panel_bytes(head_dim, DType::kF32));
+    t.values = pieces.take<float>(kAttentionChunk * head_dim);
+    t.scores = pieces.take<float>(rows * kAttentionChunk);
+    t.chunk_out = pieces.take<float>(rows * head_dim);
+    t.out = pieces.take<float>(rows * head_dim);
+    t.chunk_max = pieces.take<float>(rows);
+    t.chunk_sum = pieces.take<float>(rows);
+    t.max = pieces.take<float>(rows);
+    t.sum = pieces.take<float>(rows);
+  }
+  if (threads > 1) {
+    // Room for two sequences of one token each to be shared out whole.
+    const int64_t chunks = (options.max_context + kAttentionChunk - 1) / kAttentionChunk;
+    scratch.max_partials = 2 * options.max_heads * chunks;
+    scratch.partials = pieces.take<float>(scratch.max_partials * (head_dim + 16));
+  }
+}
+
+}  // namespace
+
+struct Context::State {
+  State(const Options& o, ThreadPool& p) : options(o), pool(p) {}
+  Options options;
+  ThreadPool& pool;
+  Scratch scratch;
+};
+
+Context::Context(const Options& options, ThreadPool& pool)
+    : state_(std::make_unique<State>(options, pool)) {
+  const std::vector<Isa> available = available_isas();
+  if (std::find(available.begin(), available.end(), options.isa) == available.end())
+    throw Error(Code::kInvalidArgument, "this machine or this build has no kernels for \"" +
+                                            std::string(isa_name(options.isa)) + "\"");
+  Scratch& scratch = state_->scratch;
+  scratch.kernels = kernels_of(options.isa);
+  if (scratch.kernels == nullptr) return;
+  scratch.max_tokens = options.max_tokens;
+  scratch.max_k = options.max_k;
+  scratch.max_head_dim = options.max_head_dim;
+  scratch.query_rows = std::max(kQueryRows, options.max_heads);
+  scratch.threads.resize(static_cast<size_t>(pool.size()));
+  scratch.items.reserve(static_cast<size_t>(
+      (options.max_tokens + 4 * pool.size()) * std::max<int64_t>(1, options.max_heads)));
+  Pieces counted(nullptr);
+  lay_out(options, pool.size(), counted, scratch);
+  scratch.bytes = counted.used() + 128;
+  scratch.memory.reset(
+      static_cast<std::byte*>(std::aligned_alloc(128, static_cast<size_t>(scratch.bytes))));
+  if (scratch.memory == nullptr) throw std::bad_alloc();
+  Pieces pieces(scratch.memory.get());
+  lay_out(options, pool.size(), pieces, scratch);
+}
+
+Context::~Context() = default;
+Isa Context::isa() const { return state_->options.isa; }
+ThreadPool& Context::pool() const { return state_->pool; }
+Context::Scratch& Context::scratch() const { return state_->scratch; }
+int64_t Context::scratch_bytes() const { return state_->scratch.bytes; }
+
+}  // namespace phalanx::ops

@@ -1,0 +1,444 @@
+// The kernels of one path, over its 16-lane vector type V. Included by kernels_*.cc inside an
+// unnamed namespace, after:
+//   V              16 floats; zero(), set1(x), load(p), load_n(p, n), load_bf16(p), load_bf16_n,
+//                  load_f16(p), even_bf16(p) and odd_bf16(p) (of 16 pairs), store(p, v),
+//                  store_n(p, n, v), store_bf16(p, v), store_bf16_n(p, n, v), add, sub, mul, div,
+//                  fma(a, b, c) = a * b + c, max (the second operand if either is NaN),
+//                  negate, scale_of(shifted) = 2^n, below(x, limit, then, else), above, sum(v)
+//   kTilePanels(rows)  panels of a register tile with `rows` rows
+// Loads of n elements give zeros beyond.
+
+using phalanx::ops::cpu::kGroupPanels;
+using phalanx::ops::cpu::kTileRows;
+using phalanx::ops::cpu::Kernels;
+using phalanx::ops::cpu::Product;
+
+// --- Products --------------------------------------------------------------------------------
+
+struct WeightsF32 {
+  using X = float;
+  static constexpr int kStep = 1;          // k per step
+  static constexpr int64_t kBytes = 64;    // of a panel per step
+};
+struct WeightsF16 {
+  using X = float;
+  static constexpr int kStep = 2;
+  static constexpr int64_t kBytes = 64;
+};
+struct WeightsBf16 {
+  using X = float;
+  static constexpr int kStep = 2;
+  static constexpr int64_t kBytes = 64;
+};
+
+template <int kRows, int kPanels>
+struct Tile {
+  V acc[kRows][kPanels];
+
+  inline __attribute__((always_inline)) void fma_all(const V (&w)[kPanels], const float* x,
+                                                     int64_t stride) {
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; ++m) {
+      const V value = set1(x[m * stride]);
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) acc[m][p] = fma(w[p], value, acc[m][p]);
+    }
+  }
+
+  inline __attribute__((always_inline)) void step(WeightsF32, const std::byte* w, int64_t stride,
+                                                  const float* x, int64_t x_stride) {
+    V v[kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p)
+      v[p] = load(reinterpret_cast<const float*>(w + p * stride));
+    fma_all(v, x, x_stride);
+  }
+  inline __attribute__((always_inline)) void step(WeightsF16, const std::byte* w, int64_t stride,
+                                                  const float* x, int64_t x_stride) {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      V v[kPanels];
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) v[p] = load_f16(w + p * stride + h * 32);
+      fma_all(v, x + h, x_stride);
+    }
+  }
+  inline __attribute__((always_inline)) void step(WeightsBf16, const std::byte* w, int64_t stride,
+                                                  const float* x, int64_t x_stride) {
+    V v[kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) v[p] = even_bf16(w + p * stride);
+    fma_all(v, x, x_stride);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) v[p] = odd_bf16(w + p * stride);
+    fma_all(v, x + 1, x_stride);
+  }
+  // The last k of an odd number.
+  template <typename W>
+  inline __attribute__((always_inline)) void last(W, const std::byte* w, int64_t stride,
+                                                  const float* x, int64_t x_stride) {
+    V v[kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+      if constexpr (__is_same(W, WeightsF16))
+        v[p] = load_f16(w + p * stride);
+      else
+        v[p] = even_bf16(w + p * stride);
+    }
+    fma_all(v, x, x_stride);
+  }
+#ifdef PHALANX_PAIRS
+  inline __attribute__((always_inline)) void pair(const std::byte* w, int64_t stride,
+                                                  const uint16_t* x, int64_t x_stride,
+                                                  bool second) {
+    __m512bh v[kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) v[p] = (__m512bh)_mm512_loadu_si512(w + p * stride);
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; ++m) {
+      uint32_t two = 0;
+      __builtin_memcpy(&two, x + m * x_stride, second ? 4 : 2);
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(two));
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p)
+        acc[m][p].v = _mm512_dpbf16_ps(acc[m][p].v, v[p], value);
+    }
+  }
+  inline __attribute__((always_inline)) void step(WeightsPairs, const std::byte* w, int64_t stride,
+                                                  const uint16_t* x, int64_t x_stride) {
+    pair(w, stride, x, x_stride, true);
+  }
+  inline __attribute__((always_inline)) void last(WeightsPairs, const std::byte* w, int64_t stride,
+                                                  const uint16_t* x, int64_t x_stride) {
+    pair(w, stride, x, x_stride, false);
+  }
+#endif
+};
+
+// How a tile asks for memory ahead of its use.
+enum class Ahead {
+  kNone,
+  kStream,  // each panel 4 KiB ahead of itself, at its end the panels of `next`
+  kNextOne, // one panel of `next` per pass
+  kNextTwo, // two panels of `next` per pass
+};
+constexpr int64_t kAheadBytes = 4096;
+
+template <int kRows, int kPanels, Ahead kAhead, typename W>
+__attribute__((noinline)) void run_tile(const typename W::X* x, int64_t x_stride,
+                                        const std::byte* w, int64_t stride, int64_t k, float* c,
+                                        int64_t c_stride, bool accumulate, const std::byte* next) {
+  Tile<kRows, kPanels> t;
+#pragma GCC unroll 6
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p)
+      t.acc[m][p] = accumulate ? load(c + m * c_stride + 16 * p) : zero();
+
+  int64_t steps = k / W::kStep;
+  if constexpr (kAhead == Ahead::kStream) {
+    const int64_t near = steps > kAheadBytes / W::kBytes ? steps - kAheadBytes / W::kBytes : 0;
+    for (int64_t s = 0; s < near; ++s) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p)
+        __builtin_prefetch(w + p * stride + kAheadBytes, 0, 3);
+      t.step(W{}, w, stride, x, x_stride);
+      w += W::kBytes;
+      x += W::kStep;
+    }
+    steps -= near;
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    if constexpr (kAhead == Ahead::kStream) {
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(next + p * stride, 0, 3);
+      next += W::kBytes;
+    }
+    if constexpr (kAhead == Ahead::kNextOne || kAhead == Ahead::kNextTwo) {
+      __builtin_prefetch(next, 0, 2);
+      if constexpr (kAhead == Ahead::kNextTwo) __builtin_prefetch(next + stride, 0, 2);
+      next += W::kBytes;
+    }
+    t.step(W{}, w, stride, x, x_stride);
+    w += W::kBytes;
+    x += W::kStep;
+  }
+  if constexpr (W::kStep == 2) {
+    if (k % 2 != 0) t.last(W{}, w, stride, x, x_stride);
+  }
+
+#pragma GCC unroll 6
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) store(c + m * c_stride + 16 * p, t.acc[m][p]);
+}
+
+// kRows rows against all panels of the product, in tiles as wide as the registers allow.
+// pass: number of the row tile, of `passes`.
+template <int kRows, typename W>
+void run_rows(const Product& a, int64_t row, int64_t pass, int64_t passes) {
+  constexpr int kWide = kTilePanels(kRows);
+  const auto* x = static_cast<const typename W::X*>(a.x) + row * a.x_stride;
+  float* c = a.c + row * a.c_stride;
+  int64_t p = 0;
+  auto call = [&](auto tile, const std::byte* next) {
+    tile(x, a.x_stride, a.w + p * a.panel_stride, a.panel_stride, a.k, c + 16 * p, a.c_stride,
+         a.accumulate, next);
+  };
+  if (a.next != nullptr && passes == 1) {
+    for (; p + kWide <= a.panels; p += kWide)
+      call(run_tile<kRows, kWide, Ahead::kStream, W>, a.next + p * a.panel_stride);
+  } else if (a.next != nullptr && kWide == kGroupPanels && a.panels == kGroupPanels) {
+    if (passes >= kGroupPanels) {
+      if (pass < kGroupPanels) {
+        call(run_tile<kRows, kWide, Ahead::kNextOne, W>, a.next + pass * a.panel_stride);
+        return;
+      }
+    } else if (2 * pass < kGroupPanels) {
+      call(run_tile<kRows, kWide, Ahead::kNextTwo, W>, a.next + 2 * pass * a.panel_stride);
+      return;
+    }
+  }
+  for (; p + kWide <= a.panels; p += kWide)
+    call(run_tile<kRows, kWide, Ahead::kNone, W>, nullptr);
+  if constexpr (kWide > 2) {
+    for (; p + 2 <= a.panels; p += 2) call(run_tile<kRows, 2, Ahead::kNone, W>, nullptr);
+  }
+  for (; p < a.panels; ++p) call(run_tile<kRows, 1, Ahead::kNone, W>, nullptr);
+}
+
+template <typename W>
+void multiply(const Product& a) {
+  // Tiles of equal height, so that no pass is left with a single row.
+  const int64_t passes = (a.rows + kTileRows - 1) / kTileRows;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t row = a.rows * pass / passes;
+    switch (a.rows * (pass + 1) / passes - row) {
+      case 1: run_rows<1, W>(a, row, pass, passes); break;
+      case 2: run_rows<2, W>(a, row, pass, passes); break;
+      case 3: run_rows<3, W>(a, row, pass, passes); break;
+      case 4: run_rows<4, W>(a, row, pass, passes); break;
+      case 5: run_rows<5, W>(a, row, pass, passes); break;
+      default: run_rows<6, W>(a, row, pass, passes); break;
+    }
+  }
+}
+
+// --- Elements --------------------------------------------------------------------------------
+
+inline V load_any(const void* in, bool bf16, int64_t i, int64_t n) {
+  if (bf16) {
+    const uint16_t* p = static_cast<const uint16_t*>(in) + i;
+    return n - i >= 16 ? load_bf16(p) : load_bf16_n(p, n - i);
+  }
+  const float* p = static_cast<const float*>(in) + i;
+  return n - i >= 16 ? load(p) : load_n(p, n - i);
+}
+
+inline void store_any(void* out, bool bf16, int64_t i, int64_t n, V v) {
+  if (bf16) {
+    uint16_t* p = static_cast<uint16_t*>(out) + i;
+    if (n - i >= 16)
+      store_bf16(p, v);
+    else
+      store_bf16_n(p, n - i, v);
+    return;
+  }
+  float* p = static_cast<float*>(out) + i;
+  if (n - i >= 16)
+    store(p, v);
+  else
+    store_n(p, n - i, v);
+}
+
+inline void* at(void* p, bool bf16, int64_t i) {
+  return static_cast<std::byte*>(p) + i * (bf16 ? 2 : 4);
+}
+inline const void* at(const void* p, bool bf16, int64_t i) {
+  return static_cast<const std::byte*>(p) + i * (bf16 ? 2 : 4);
+}
+
+// The sequence of ref::exp32.
+inline V exp(V x) {
+  const V magic = set1(12582912.0f);
+  const V shifted = fma(x, set1(1.44269504088896341f), magic);
+  const V n = sub(shifted, magic);
+  V r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  V p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = add(fma(p, mul(r, r), r), set1(1.0f));
+  p = mul(p, scale_of(shifted));
+  p = above(x, set1(88.37f), set1(__builtin_inff()), p);
+  return below(x, set1(-87.33f), zero(), p);
+}
+
+void finish(const float* c, int64_t c_stride, int64_t rows, int64_t cols, const float* bias,
+            void* out, int64_t out_stride, bool out_bf16) {
+  for (int64_t m = 0; m < rows; ++m) {
+    void* row = at(out, out_bf16, m * out_stride);
+    for (int64_t i = 0; i < cols; i += 16) {
+      V v = load(c + m * c_stride + i);
+      if (bias != nullptr) v = add(v, load_any(bias, false, i, cols));
+      store_any(row, out_bf16, i, cols, v);
+    }
+  }
+}
+
+void finish_gated(const float* c, int64_t c_stride, int64_t rows, int64_t cols,
+                  const float* gate_bias, const float* up_bias, void* out, int64_t out_stride,
+                  bool out_bf16) {
+  for (int64_t m = 0; m < rows; ++m) {
+    void* row = at(out, out_bf16, m * out_stride);
+    for (int64_t i = 0; i < cols; i += 16) {
+      V gate = load(c + m * c_stride + 2 * i);
+      V up = load(c + m * c_stride + 2 * i + 16);
+      if (gate_bias != nullptr) gate = add(gate, load_any(gate_bias, false, i, cols));
+      if (up_bias != nullptr) up = add(up, load_any(up_bias, false, i, cols));
+      const V silu = div(gate, add(set1(1.0f), exp(negate(gate))));
+      store_any(row, out_bf16, i, cols, mul(silu, up));
+    }
+  }
+}
+
+void convert(const void* in, bool in_bf16, int64_t n, void* out, bool out_bf16) {
+  for (int64_t i = 0; i < n; i += 16)
+    store_any(out, out_bf16, i, n, load_any(in, in_bf16, i, n));
+}
+
+void add_rows(float* residual, const void* delta, bool delta_bf16, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16)
+    store_any(residual, false, i, n,
+              add(load_any(residual, false, i, n), load_any(delta, delta_bf16, i, n)));
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, void* out,
+              bool out_bf16) {
+  V squares = zero();
+  for (int64_t i = 0; i < n; i += 16) {
+    const V v = load_any(x, false, i, n);
+    squares = fma(v, v, squares);
+  }
+  const float mean = sum(squares) / static_cast<float>(n);
+  const V scale = set1(1.0f / square_root(mean + eps));
+  for (int64_t i = 0; i < n; i += 16)
+    store_any(out, out_bf16, i, n,
+              mul(mul(load_any(x, false, i, n), scale), load_any(weight, false, i, n)));
+}
+
+void rope(const void* in, bool in_bf16, const float* cos, const float* sin, int64_t half,
+          int64_t head_dim, void* out, bool out_bf16) {
+  const void* in_high = at(in, in_bf16, half);
+  void* out_high = at(out, out_bf16, half);
+  for (int64_t i = 0; i < half; i += 16) {
+    const V c = load_any(cos, false, i, half);
+    const V s = load_any(sin, false, i, half);
+    const V low = load_any(in, in_bf16, i, half);
+    const V high = load_any(in_high, in_bf16, i, half);
+    store_any(out, out_bf16, i, half, fma(low, c, negate(mul(high, s))));
+    store_any(out_high, out_bf16, i, half, fma(high, c, mul(low, s)));
+  }
+  if (in != out && 2 * half < head_dim)
+    convert(at(in, in_bf16, 2 * half), in_bf16, head_dim - 2 * half,
+            at(out, out_bf16, 2 * half), out_bf16);
+}
+
+// --- Attention -------------------------------------------------------------------------------
+
+void pack_keys(const std::byte* const* rows, bool in_bf16, int64_t k, void* panel,
+               bool panel_bf16) {
+  const int64_t k_even = k + k % 2;
+  if (panel_bf16) {
+    auto* out = static_cast<uint16_t*>(panel);
+    for (int64_t r = 0; r < 16; ++r) {
+      const auto* in = reinterpret_cast<const uint16_t*>(rows[r]);
+      for (int64_t i = 0; i < k_even; ++i)
+        out[(i / 2 * 16 + r) * 2 + i % 2] = in != nullptr && i < k ? in[i] : uint16_t{0};
+    }
+    return;
+  }
+  auto* out = static_cast<uint32_t*>(panel);
+  for (int64_t r = 0; r < 16; ++r) {
+    if (rows[r] == nullptr) {
+      for (int64_t i = 0; i < k; ++i) out[i * 16 + r] = 0;
+    } else if (in_bf16) {
+      const auto* in = reinterpret_cast<const uint16_t*>(rows[r]);
+      for (int64_t i = 0; i < k; ++i) out[i * 16 + r] = static_cast<uint32_t>(in[i]) << 16;
+    } else {
+      const auto* in = reinterpret_cast<const uint32_t*>(rows[r]);
+      for (int64_t i = 0; i < k; ++i) out[i * 16 + r] = in[i];
+    }
+  }
+}
+
+void pack_value(const std::byte* row, bool in_bf16, int64_t head_dim, float* out,
+                int64_t panel_stride) {
+  for (int64_t i = 0; i < head_dim; i += 16, out += panel_stride)
+    store(out, load_any(row, in_bf16, i, head_dim));
+}
+
+void softmax(float* s, int64_t begin, int64_t end, float scale, float* max_out, float* sum_out) {
+  const int64_t first = begin / 16 * 16;
+  auto score = [&](int64_t j) { return mul(load(s + j), set1(scale)); };
+  auto full = [&](int64_t j) { return j >= begin && j + 16 <= end; };
+  V top = set1(-__builtin_inff());
+  for (int64_t j = first; j < end; j += 16)
+    top = max(top, full(j) ? score(j) : keep(score(j), begin - j, end - j, -__builtin_inff()));
+  const float m = largest(top);
+  V total = zero();
+  for (int64_t j = first; j < end; j += 16) {
+    V p = exp(sub(score(j), set1(m)));
+    if (!full(j)) p = keep(p, begin - j, end - j, 0.0f);
+    store(s + j, p);
+    total = add(total, p);
+  }
+  *max_out = m;
+  *sum_out = sum(total);
+}
+
+void merge(float* max_io, float* sum_io, float* o, float chunk_max, float chunk_sum,
+           const float* chunk_o, int64_t n) {
+  const float m = *max_io > chunk_max ? *max_io : chunk_max;
+  const V a = exp(set1(*max_io - m));
+  const V b = exp(set1(chunk_max - m));
+  *max_io = m;
+  float total[16];
+  store(total, fma(set1(*sum_io), a, mul(set1(chunk_sum), b)));
+  *sum_io = total[0];
+  for (int64_t i = 0; i < n; i += 16)
+    store(o + i, fma(load(o + i), a, mul(load(chunk_o + i), b)));
+}
+
+void divide(const float* o, float sum, int64_t n, void* out, bool out_bf16) {
+  const V s = set1(sum);
+  for (int64_t i = 0; i < n; i += 16)
+    store_any(out, out_bf16, i, n, div(load_any(o, false, i, n), s));
+}
+
+constexpr Kernels make_kernels() {
+  Kernels k;
+#ifdef PHALANX_PAIRS
+  k.pairs = true;
+  k.multiply_bf16 = multiply<WeightsPairs>;
+#else
+  k.multiply_bf16 = multiply<WeightsBf16>;
+#endif
+  k.multiply_f16 = multiply<WeightsF16>;
+  k.multiply_f32 = multiply<WeightsF32>;
+  k.finish = finish;
+  k.finish_gated = finish_gated;
+  k.convert = convert;
+  k.add = add_rows;
+  k.rms_norm = rms_norm;
+  k.rope = rope;
+  k.pack_keys = pack_keys;
+  k.pack_value = pack_value;
+  k.softmax = softmax;
+  k.merge = merge;
+  k.divide = divide;
+  return k;
+}

@@ -1,0 +1,164 @@
+#include <algorithm>
+#include <atomic>
+
+#include "phalanx/ops/cpu/cpu.h"
+#include "phalanx/ops/cpu/kernels.h"
+#include "phalanx/ops/packing.h"
+#include "phalanx/ops/scratch.h"
+
+namespace phalanx::ops::cpu {
+namespace {
+
+using tensor::Range;
+constexpr int64_t kPanel = tensor::kPanelRows;
+constexpr int64_t kSumStride = kGroupPanels * kPanel;
+
+// Hands out [0, count) in contiguous runs, long ones first, so that a thread streams through
+// memory and yet nobody waits long at the end.
+Range take_run(std::atomic<int64_t>& next, int64_t count, int64_t threads) {
+  int64_t begin = next.load(std::memory_order_relaxed);
+  for (;;) {
+    if (begin >= count) return {};
+    const int64_t run =
+        threads == 1 ? count : std::max<int64_t>(1, (count - begin) / (2 * threads));
+    if (next.compare_exchange_weak(begin, begin + run, std::memory_order_relaxed))
+      return {begin, begin + run};
+  }
+}
+
+// How a product is cut: items of `unit` panels by `block` tokens, all tokens of a unit in a row.
+struct Plan {
+  int64_t panels = 0;
+  int64_t unit = 0;
+  int64_t tokens = 0;
+  int64_t blocks = 0;  // of tokens
+
+  [[nodiscard]] int64_t items() const { return (panels + unit - 1) / unit * blocks; }
+  [[nodiscard]] Range panels_of_item(int64_t item) const {
+    const int64_t begin = item / blocks * unit;
+    return {begin, std::min(begin + unit, panels)};
+  }
+  [[nodiscard]] Range tokens_of_item(int64_t item) const {
+    const int64_t block = item % blocks;
+    return {tokens * block / blocks, tokens * (block + 1) / blocks};
+  }
+};
+
+Plan make_plan(int64_t panels, int64_t tokens, int64_t threads) {
+  Plan plan{.panels = panels, .unit = kGroupPanels, .tokens = tokens};
+  plan.blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
+  if (threads > 1) {
+    while (plan.items() < 8 * threads && tokens / plan.blocks >= 8 * kTileRows) ++plan.blocks;
+    if (plan.items() < 8 * threads) plan.unit = 2;
+  }
+  return plan;
+}
+
+// k in one call: all of it when the weights pass by once, else what stays in the L2 cache
+// (kGroupPanels panels) and, times kTileRows rows of x, in L1.
+int64_t k_block(int64_t tokens, const PackedLinear& w, bool pairs) {
+  if (tokens <= kTileRows) return w.k;
+  return pairs ? 2048 : 1024;
+}
+
+// finish(sums, panels, tokens): the epilogue of one item.
+template <typename Finish>
+void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish finish) {
+  Context::Scratch& scratch = ctx.scratch();
+  const Kernels& kernels = *scratch.kernels;
+  ThreadPool& pool = ctx.pool();
+  if (x.rows == 0 || w.rows == 0) return;
+
+  const bool pairs = w.dtype == DType::kBF16 && kernels.pairs;
+  const void* input = x.data;
+  int64_t stride = x.stride;
+  if (w.dtype == DType::kBF16 && !pairs) {
+    PHALANX_CHECK(x.rows <= scratch.max_tokens && x.cols <= scratch.max_k);
+    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, x.cols));
+    pool.for_each(x.rows, grain, [&](int64_t t) {
+      kernels.convert(x.row<const uint16_t>(t), true, x.cols, scratch.widened + t * x.cols, false);
+    });
+    input = scratch.widened;
+    stride = x.cols;
+  }
+  const auto call = w.dtype == DType::kBF16  ? kernels.multiply_bf16
+                    : w.dtype == DType::kF16 ? kernels.multiply_f16
+                                             : kernels.multiply_f32;
+  const int64_t x_bytes = pairs ? 2 : 4;
+  const int64_t bytes_per_k = kPanel * static_cast<int64_t>(tensor::dtype_bytes(w.dtype));
+  const int64_t panel = panel_bytes(w.k, w.dtype);
+  const int64_t threads = pool.size();
+  const Plan plan = make_plan(panels_of(w.rows), x.rows, threads);
+  const int64_t step = k_block(x.rows, w, pairs);
+  const int64_t count = plan.items();
+  auto weights_of = [&](int64_t item) { return w.data + plan.panels_of_item(item).begin * panel; };
+
+  auto run_item = [&](float* sums, int64_t item, const std::byte* next) {
+    const Range panels = plan.panels_of_item(item);
+    const Range tokens = plan.tokens_of_item(item);
+    const std::byte* weights = weights_of(item);
+    for (int64_t k = 0; k < w.k; k += step) {
+      const bool last = k + step >= w.k;
+      call({.x = static_cast<const std::byte*>(input) + (tokens.begin * stride + k) * x_bytes,
+            .x_stride = stride,
+            .rows = tokens.size(),
+            .w = weights + k * bytes_per_k,
+            .panel_stride = panel,
+            .panels = panels.size(),
+            .k = std::min(step, w.k - k),
+            .c = sums,
+            .c_stride = kSumStride,
+            .accumulate = k > 0,
+            .next = last ? next : weights + (k + step) * bytes_per_k});
+    }
+    finish(sums, panels, tokens);
+  };
+
+  scratch.next_item.store(0, std::memory_order_relaxed);
+  pool.run([&](int thread) {
+    float* sums = scratch.threads[static_cast<size_t>(thread)].sums;
+    Range now = take_run(scratch.next_item, count, threads);
+    while (now.size() > 0) {
+      const Range then = take_run(scratch.next_item, count, threads);
+      for (int64_t item = now.begin; item < now.end; ++item) {
+        const int64_t following = item + 1 < now.end ? item + 1 : then.size() > 0 ? then.begin : item;
+        run_item(sums, item, weights_of(following));
+      }
+      now = then;
+    }
+  });
+}
+
+}  // namespace
+
+void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
+            const MatrixView& out) {
+  const Kernels& kernels = *ctx.scratch().kernels;
+  const bool bf16 = out.dtype == DType::kBF16;
+  const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(out.dtype));
+  multiply(ctx, x, w, [&](const float* sums, Range panels, Range tokens) {
+    const int64_t n = panels.begin * kPanel;
+    const int64_t cols = std::min(panels.end * kPanel, w.rows) - n;
+    kernels.finish(sums, kSumStride, tokens.size(), cols, bias != nullptr ? bias + n : nullptr,
+                   out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes, out.stride,
+                   bf16);
+  });
+}
+
+void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const float* gate_bias,
+                  const float* up_bias, const MatrixView& out) {
+  const Kernels& kernels = *ctx.scratch().kernels;
+  const bool bf16 = out.dtype == DType::kBF16;
+  const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(out.dtype));
+  multiply(ctx, x, w.panels, [&](const float* sums, Range panels, Range tokens) {
+    const int64_t n = panels.begin / 2 * kPanel;
+    const int64_t cols = std::min(panels.end / 2 * kPanel, w.rows) - n;
+    kernels.finish_gated(sums, kSumStride, tokens.size(), cols,
+                         gate_bias != nullptr ? gate_bias + n : nullptr,
+                         up_bias != nullptr ? up_bias + n : nullptr,
+                         out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes,
+                         out.stride, bf16);
+  });
+}
+
+}  // namespace phalanx::ops::cpu

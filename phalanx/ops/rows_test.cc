@@ -1,0 +1,180 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "phalanx/ops/ref/ref.h"
+#include "phalanx/ops/test_data.h"
+
+namespace phalanx::ops {
+namespace {
+
+class Rows : public testing::TestWithParam<Isa> {};
+INSTANTIATE_TEST_SUITE_P(AllPaths, Rows, testing::ValuesIn(available_isas()),
+                         [](const auto& info) { return std::string(isa_name(info.param)); });
+
+TEST_P(Rows, NormGivesOneSetOfBits) {
+  for (const int64_t h : {1, 8, 17, 72, 576, 2048}) {
+    const int64_t tokens = 40;
+    const Matrix x = random_matrix(DType::kF32, tokens, h, 1, 3.0f, h + 2);
+    const Matrix weight = random_matrix(DType::kF32, 1, h, 2);
+    const Matrix delta = random_matrix(DType::kBF16, tokens, h, 3, 1.0f, h + 1);
+    for (const DType act : {DType::kBF16, DType::kF32}) {
+      Matrix expected(act, tokens, h);
+      ref::rms_norm(x.view(), weight.view().row<float>(0), 1e-5f, expected.view());
+      Matrix residual = x;
+      ref::add(residual.view(), delta.view());
+      Matrix expected_sum(act, tokens, h);
+      ref::rms_norm(residual.view(), weight.view().row<float>(0), 1e-5f, expected_sum.view());
+      for (const int threads : {1, 3}) {
+        Runner runner(GetParam(), threads);
+        for (const int64_t m : {int64_t{1}, int64_t{3}, tokens}) {
+          Matrix out(act, m, h, h + 4);
+          rms_norm(runner.ctx, x.view().rows_of(0, m), weight.view().row<float>(0), 1e-5f,
+                   out.view());
+          Matrix sum = x;
+          Matrix out_sum(act, m, h);
+          add_rms_norm(runner.ctx, sum.view().rows_of(0, m), delta.view().rows_of(0, m),
+                       weight.view().row<float>(0), 1e-5f, out_sum.view());
+          Matrix only_sum = x;
+          add(runner.ctx, only_sum.view().rows_of(0, m), delta.view().rows_of(0, m));
+          EXPECT_EQ(sum.bits(), only_sum.bits());
+          for (int64_t t = 0; t < m; ++t) {
+            ASSERT_EQ(out.row_bits(t), expected.row_bits(t)) << h << ", token " << t;
+            ASSERT_EQ(out_sum.row_bits(t), expected_sum.row_bits(t)) << h << ", token " << t;
+            ASSERT_EQ(sum.row_bits(t), residual.row_bits(t)) << h << ", token " << t;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Rows, NormAgreesWithDoublePrecision) {
+  const int64_t h = 100;
+  const Matrix x = random_matrix(DType::kF32, 3, h, 4, 5.0f);
+  const Matrix weight = random_matrix(DType::kF32, 1, h, 5);
+  Matrix out(DType::kF32, 3, h);
+  Runner runner(GetParam(), 1);
+  rms_norm(runner.ctx, x.view(), weight.view().row<float>(0), 1e-5f, out.view());
+  for (int64_t t = 0; t < 3; ++t) {
+    double squares = 0;
+    for (int64_t i = 0; i < h; ++i) squares += static_cast<double>(x.get(t, i)) * x.get(t, i);
+    const double scale = 1 / std::sqrt(squares / h + 1e-5);
+    for (int64_t i = 0; i < h; ++i)
+      EXPECT_NEAR(out.get(t, i), x.get(t, i) * scale * weight.get(0, i), 1e-6);
+  }
+}
+
+TEST_P(Rows, RoundsToBf16AsTheScalarFunctionDoes) {
+  // Through add: residual 0 + delta, then a norm is not needed; linear's epilogue is tested apart.
+  std::vector<float> values = {0.0f, -0.0f, 1.0f, 1.00390625f, 1.01171875f, 3.3895314e38f,
+                               3.4028235e38f, 1e-40f, -1e-45f,
+                               std::numeric_limits<float>::infinity(),
+                               -std::numeric_limits<float>::infinity()};
+  std::mt19937 random(6);
+  while (values.size() < 3000) {
+    const float f = std::bit_cast<float>(static_cast<uint32_t>(random()));
+    if (!std::isnan(f)) values.push_back(f);
+  }
+  // rope with an angle of zero copies and rounds.
+  const auto n = static_cast<int64_t>(values.size() / 6 * 6);
+  Runner runner(GetParam(), 1);
+  const RopeTable rope{.rotary_dim = 0, .positions = 1};
+  const int64_t head_dim = n / 3;
+  Matrix qkv(DType::kF32, 1, n);
+  for (int64_t i = 0; i < n; ++i) qkv.set(0, i, values[static_cast<size_t>(i)]);
+  Matrix k(DType::kBF16, 1, head_dim);
+  Matrix v(DType::kBF16, 1, head_dim);
+  const KvLayer kv{.k = static_cast<std::byte*>(k.view().data),
+                   .v = static_cast<std::byte*>(v.view().data),
+                   .dtype = DType::kBF16,
+                   .blocks = 1,
+                   .block_size = 1,
+                   .kv_heads = 1,
+                   .head_dim = head_dim};
+  const int32_t zero[1] = {0};
+  rope_and_store(runner.ctx, qkv.view(), 1, rope, zero, zero, kv);
+  for (int64_t i = 0; i < head_dim; ++i) {
+    EXPECT_EQ(k.view().row<uint16_t>(0)[i],
+              tensor::f32_to_bf16(values[static_cast<size_t>(head_dim + i)]));
+    EXPECT_EQ(v.view().row<uint16_t>(0)[i],
+              tensor::f32_to_bf16(values[static_cast<size_t>(2 * head_dim + i)]));
+  }
+}
+
+TEST_P(Rows, RopeGivesOneSetOfBits) {
+  for (const int64_t head_dim : {8, 12, 64, 80, 96, 128}) {
+    for (const int64_t rotary : {head_dim, head_dim / 4 * 2}) {
+      std::vector<double> inv_freq;
+      for (int64_t i = 0; i < rotary / 2; ++i)
+        inv_freq.push_back(std::pow(10000.0, -2.0 * static_cast<double>(i) / rotary));
+      const RopeTable rope = make_rope_table(inv_freq, 300, 1.0);
+      const int64_t q_heads = 3;
+      const int64_t kv_heads = 2;
+      const int64_t tokens = 33;
+      const int64_t block_size = 4;
+      std::vector<int32_t> positions;
+      std::vector<int32_t> slots;
+      for (int32_t t = 0; t < tokens; ++t) {
+        positions.push_back(t * 9);
+        slots.push_back((t * 7) % 36);
+      }
+      for (const DType act : {DType::kBF16, DType::kF32}) {
+        for (const DType kv_type : {DType::kBF16, DType::kF32}) {
+          auto run = [&](auto f) {
+            Matrix qkv =
+                random_matrix(act, tokens, (q_heads + 2 * kv_heads) * head_dim, 7, 2.0f);
+            Matrix k(kv_type, 9 * kv_heads * block_size, head_dim);
+            Matrix v(kv_type, 9 * kv_heads * block_size, head_dim);
+            const KvLayer kv{.k = static_cast<std::byte*>(k.view().data),
+                             .v = static_cast<std::byte*>(v.view().data),
+                             .dtype = kv_type,
+                             .blocks = 9,
+                             .block_size = block_size,
+                             .kv_heads = kv_heads,
+                             .head_dim = head_dim};
+            f(qkv.view(), kv);
+            return std::tuple(qkv.bits(), k.bits(), v.bits());
+          };
+          const auto expected = run([&](const MatrixView& qkv, const KvLayer& kv) {
+            ref::rope_and_store(qkv, q_heads, rope, positions, slots, kv);
+          });
+          for (const int threads : {1, 2}) {
+            Runner runner(GetParam(), threads);
+            EXPECT_EQ(run([&](const MatrixView& qkv, const KvLayer& kv) {
+                        rope_and_store(runner.ctx, qkv, q_heads, rope, positions, slots, kv);
+                      }),
+                      expected)
+                << head_dim << ", rotary " << rotary;
+            EXPECT_EQ(run([&](const MatrixView& qkv, const KvLayer& kv) {
+                        for (int64_t t = 0; t < tokens; ++t)
+                          rope_and_store(runner.ctx, qkv.rows_of(t, 1), q_heads, rope,
+                                         std::span(positions).subspan(t, 1),
+                                         std::span(slots).subspan(t, 1), kv);
+                      }),
+                      expected)
+                << head_dim << ", one by one";
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Rope, TableAgreesWithLibm) {
+  const std::vector<double> inv_freq = {1.0, 0.7071, 0.1, 1e-3, 1e-6};
+  const RopeTable table = make_rope_table(inv_freq, 140'000, 1.25);
+  ASSERT_EQ(table.rotary_dim, 10);
+  for (int64_t p = 0; p < table.positions; p += p < 1000 ? 1 : 331) {
+    for (size_t i = 0; i < inv_freq.size(); ++i) {
+      const double angle = static_cast<double>(p) * inv_freq[i];
+      const size_t at = static_cast<size_t>(p) * inv_freq.size() + i;
+      ASSERT_NEAR(table.cos[at], std::cos(angle) * 1.25, 1e-7) << p;
+      ASSERT_NEAR(table.sin[at], std::sin(angle) * 1.25, 1e-7) << p;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace phalanx::ops

@@ -1,0 +1,74 @@
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "phalanx/ops/cpu/kernels.h"
+#include "phalanx/ops/ops.h"
+
+namespace phalanx::ops {
+
+// Tokens whose f32 results one thread keeps while it walks through k.
+inline constexpr int64_t kTokenBlock = 384;
+// Query rows (tokens times heads of one group) that share one packing of keys and values.
+inline constexpr int64_t kQueryRows = 96;
+
+// Part of the attention of one KV head, done by one thread.
+struct AttentionItem {
+  int32_t sequence = 0;
+  int32_t kv_head = 0;
+  int32_t token_begin = 0;  // within the slice
+  int32_t token_end = 0;
+  int32_t chunk_begin = 0;
+  int32_t chunk_end = 0;
+  // A shared-out block: where results go (one per row), and, on its first item, how many items
+  // follow each other. -1: one item merges all chunks itself.
+  int64_t partial = -1;
+  int32_t siblings = 0;
+};
+
+// The memory of one thread, all 64-byte aligned.
+struct ThreadScratch {
+  float* sums = nullptr;         // [kTokenBlock][16 * kGroupPanels] of a product
+  void* queries = nullptr;       // [rows][head_dim], f32 or bf16
+  std::byte* keys = nullptr;     // kAttentionChunk / 16 panels
+  float* values = nullptr;       // [head_dim / 16][kAttentionChunk][16]
+  float* scores = nullptr;       // [rows][kAttentionChunk]
+  float* chunk_out = nullptr;    // [rows][padded head_dim]
+  float* out = nullptr;          // [rows][padded head_dim]
+  float* chunk_max = nullptr;    // [rows]
+  float* chunk_sum = nullptr;
+  float* max = nullptr;
+  float* sum = nullptr;
+};
+
+struct Context::Scratch {
+  const cpu::Kernels* kernels = nullptr;  // nullptr: the reference
+  int64_t query_rows = 0;                 // rows of an attention item
+  int64_t bytes = 0;
+  int64_t max_tokens = 0;
+  int64_t max_k = 0;
+  int64_t max_head_dim = 0;
+
+  float* widened = nullptr;  // [max_tokens][max_k]: bf16 inputs of f32 products
+  std::vector<ThreadScratch> threads;
+
+  // Results of attention chunks that several threads share out: [partials][padded head_dim + 16]:
+  // output, then max and sum.
+  float* partials = nullptr;
+  int64_t max_partials = 0;
+  std::vector<AttentionItem> items;  // room reserved
+
+  alignas(64) std::atomic<int64_t> next_item{0};
+
+  struct Free {
+    void operator()(std::byte* p) const { std::free(p); }
+  };
+  std::unique_ptr<std::byte, Free> memory;
+};
+
+}  // namespace phalanx::ops
