@@ -140,220 +140,154 @@ TEST_F(ConfigTest, FullDocumentedFileStarts) {
   EXPECT_EQ(config.model.chat_template, "{{x}}");
 }
 
+struct Change {
+  const char* pointer;
+  const char* value;  // JSON; empty removes the key
+};
+
 struct Mistake {
   const char* name;
-  std::function<void(json& root, json& server, json& backend, json& deploy, json& model,
-                     json& schedule)>
-      plant;
-  std::vector<const char*> message;  // all of these, in one line
+  std::vector<Change> plant;
+  std::vector<const char*> message;  // all of these, on one line
 };
 
 void PrintTo(const Mistake& mistake, std::ostream* out) { *out << mistake.name; }
 
-#define PLANT \
-  [](json & root, json & server, json & backend, json & deploy, json & model, json & schedule)
-#define UNUSED (void)root, (void)server, (void)backend, (void)deploy, (void)model, (void)schedule
+void plant(const Mistake& mistake, json& config) {
+  for (const Change& change : mistake.plant) {
+    const json::json_pointer pointer(change.pointer);
+    if (*change.value == '\0')
+      config[pointer.parent_pointer()].erase(pointer.back());
+    else
+      config[pointer] = json::parse(change.value);
+  }
+}
 
 const std::vector<Mistake>& mistakes() {
-  static const std::vector<Mistake> kMistakes = {{"missing_section", PLANT{UNUSED;
-  root.erase("ServerConfig");
-}
-, { "ServerConfig: missing key", "expected an object" }
-}  // namespace
-, {"missing_port", PLANT{UNUSED;
-server.erase("port");
-}  // namespace phalanx::apps
-, { "ServerConfig.port: missing key", "[1024, 65535]", "add \"port\": 1025" }
-}
-, {"port_as_text", PLANT{UNUSED;
-server["port"] = "1025";
-}
-, { "ServerConfig.port: wrong type", "string \"1025\"", "write \"port\": 1025" }
-}
-, {"port_as_fraction", PLANT{UNUSED;
-server["port"] = 1025.5;
-}
-, { "ServerConfig.port: wrong type", "non-integer number 1025.5" }
-}
-, {"port_too_low", PLANT{UNUSED;
-server["port"] = 80;
-}
-, { "ServerConfig.port: value out of range", "found 80", "[1024, 65535]" }
-}
-, {"port_enormous", PLANT{UNUSED;
-server["port"] = UINT64_MAX;
-}
-, { "ServerConfig.port: value out of range", "18446744073709551615" }
-}
-, {"bad_ip", PLANT{UNUSED;
-server["ipAddress"] = "localhost";
-}
-, { "ServerConfig.ipAddress: not an IP address", "\"localhost\"" }
-}
-, {"zero_ip", PLANT{UNUSED;
-server["ipAddress"] = "0.0.0.0";
-}
-, { "ServerConfig.ipAddress: listening on every address", "allowAllZeroIpListening" }
-}
-, {"bad_flag", PLANT{UNUSED;
-server["allowAllZeroIpListening"] = 1;
-}
-, { "ServerConfig.allowAllZeroIpListening: wrong type", "integer 1", "true or false" }
-}
-, {"https", PLANT{UNUSED;
-server["httpsEnabled"] = true;
-}
-, {
-  "ServerConfig.httpsEnabled: this version serves plain HTTP only", "write \"httpsEnabled\": false"
-}
-}
-, {"dmi", PLANT{UNUSED;
-server["inferMode"] = "dmi";
-}
-, { "ServerConfig.inferMode", "disaggregation is not supported" }
-}
-, {"shared_ports", PLANT{UNUSED;
-server["metricsPort"] = server["port"];
-server["managementPort"] = 1030;
-}
-, { "business and metrics share a port", "1025, 1030, 1025" }
-}
-, {"node_port", PLANT{UNUSED;
-backend["multiNodesInferPort"] = 1025;
-}
-, { "BackendConfig.multiNodesInferPort: the same as ServerConfig.port", "1025" }
-}
-, {"too_many_links", PLANT{UNUSED;
-server["maxLinkNum"] = 5000;
-}
-, { "ServerConfig.maxLinkNum: value out of range", "5000", "[1, 4096]" }
-}
-, {"ca_files", PLANT{UNUSED;
-server["tlsCaFile"] = json::array();
-}
-, { "ServerConfig.tlsCaFile: wrong number of entries", "0 entries" }
-}
-, {"instances", PLANT{UNUSED;
-backend["modelInstanceNumber"] = 2;
-}
-, { "BackendConfig.modelInstanceNumber", "several instances" }
-}
-, {"device_count", PLANT{UNUSED;
-backend["npuDeviceIds"] = {{0, 1, 2}};
-}
-, { "BackendConfig.npuDeviceIds: does not fit worldSize", "3 ids for worldSize 1", "[[0]]" }
-}
-, {"device_type", PLANT{UNUSED;
-backend["npuDeviceIds"] = {0, 1};
-}
-, { "BackendConfig.npuDeviceIds: wrong type", "array of arrays" }
-}
-, {"backend_name", PLANT{UNUSED;
-backend["backendName"] = "Engine 1";
-}
-, { "BackendConfig.backendName: not a backend name", "\"Engine 1\"" }
-}
-, {"two_models", PLANT{UNUSED;
-deploy["ModelConfig"].push_back(model);
-}
-, { "ModelDeployConfig.ModelConfig: wrong number of entries", "2 entries" }
-}
-, {"model_name", PLANT{UNUSED;
-model["modelName"] = "a b";
-}
-, { "ModelConfig[0].modelName: not a model name", "\"a b\"" }
-}
-, {"no_weights", PLANT{UNUSED;
-model["modelWeightPath"] = "/no/such/place";
-}
-, {
-  "ModelConfig[0].modelWeightPath: no weight directory", "/no/such/place",
-      "No such file or directory"
-}
-}
-, {"backend_type", PLANT{UNUSED;
-model["backendType"] = "cuda";
-}
-, { "ModelConfig[0].backendType: unknown backend", "\"cuda\"" }
-}
-, {"zero_memory", PLANT{UNUSED;
-model["npuMemSize"] = 0;
-}
-, { "ModelConfig[0].npuMemSize: value out of range", "-1 (automatic)" }
-}
-, {"mock", PLANT{UNUSED;
-model["modelInstanceType"] = "StandardMock";
-}
-, { "ModelConfig[0].modelInstanceType", "not supported" }
-}
-, {"pipeline", PLANT{UNUSED;
-model["pp"] = 2;
-}
-, { "ModelConfig[0].pp: pipeline parallelism is not supported", "remove \"pp\"" }
-}
-, {"experts", PLANT{UNUSED;
-model["moe_ep"] = 4;
-}
-, { "ModelConfig[0].moe_ep: expert parallelism is not supported", "found 4" }
-}
-, {"tp", PLANT{UNUSED;
-model["tp"] = 3;
-}
-, { "ModelConfig[0].tp: tp is not the number of all ranks", "found 3", "expected 1" }
-}
-, {"too_many_ranks", PLANT{UNUSED;
-model["worldSize"] = 10;
-backend["npuDeviceIds"] = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}};
-}
-, { "more ranks than query heads", "found 10 ranks", "at most 9", "use at most 9 ranks" }
-}
-, {"zero_sequence", PLANT{UNUSED;
-deploy["maxSeqLen"] = 0;
-}
-, { "ModelDeployConfig.maxSeqLen: value out of range", "found 0" }
-}
-, {"prefill_tokens", PLANT{UNUSED;
-schedule["maxPrefillTokens"] = 1024;
-}
-, {
-  "ScheduleConfig.maxPrefillTokens: smaller than maxInputTokenLen", "found 1024", "at least 2048"
-}
-}
-, {"prefill_batch", PLANT{UNUSED;
-schedule["maxPrefillBatchSize"] = 201;
-}
-, { "ScheduleConfig.maxPrefillBatchSize: value out of range", "[0, 200]" }
-}
-, {"block", PLANT{UNUSED;
-schedule["cacheBlockSize"] = 256;
-}
-, { "ScheduleConfig.cacheBlockSize: value out of range", "[1, 128]" }
-}
-, {"template", PLANT{UNUSED;
-schedule["templateType"] = "Special";
-}
-, { "ScheduleConfig.templateType: unknown template", "\"Special\"" }
-}
-, {"queue_delay", PLANT{UNUSED;
-schedule["maxQueueDelayMicroseconds"] = 499;
-}
-, { "ScheduleConfig.maxQueueDelayMicroseconds", "[500, 1000000]" }
-}
-, {"max_n", PLANT{UNUSED;
-schedule["maxN"] = 300;
-}
-, { "ScheduleConfig.maxN: value out of range", "[1, 200]" }
-}
-,
-}
-;
-return kMistakes;
+  static const std::vector<Mistake> kMistakes = {
+      {"missing_section",
+       {{"/ServerConfig", ""}},
+       {"ServerConfig: missing key", "expected an object"}},
+      {"missing_port",
+       {{"/ServerConfig/port", ""}},
+       {"ServerConfig.port: missing key", "[1024, 65535]", "add \"port\": 1025"}},
+      {"port_as_text",
+       {{"/ServerConfig/port", "\"1025\""}},
+       {"ServerConfig.port: wrong type", "string \"1025\"", "write \"port\": 1025"}},
+      {"port_as_fraction",
+       {{"/ServerConfig/port", "1025.5"}},
+       {"ServerConfig.port: wrong type", "non-integer number 1025.5"}},
+      {"port_too_low",
+       {{"/ServerConfig/port", "80"}},
+       {"ServerConfig.port: value out of range", "found 80", "[1024, 65535]"}},
+      {"port_enormous",
+       {{"/ServerConfig/port", "18446744073709551615"}},
+       {"ServerConfig.port: value out of range", "18446744073709551615"}},
+      {"bad_ip",
+       {{"/ServerConfig/ipAddress", "\"localhost\""}},
+       {"ServerConfig.ipAddress: not an IP address", "\"localhost\""}},
+      {"zero_ip",
+       {{"/ServerConfig/ipAddress", "\"0.0.0.0\""}},
+       {"ServerConfig.ipAddress: listening on every address", "allowAllZeroIpListening"}},
+      {"bad_flag",
+       {{"/ServerConfig/allowAllZeroIpListening", "1"}},
+       {"ServerConfig.allowAllZeroIpListening: wrong type", "integer 1", "true or false"}},
+      {"https",
+       {{"/ServerConfig/httpsEnabled", "true"}},
+       {"ServerConfig.httpsEnabled: this version serves plain HTTP only",
+        "write \"httpsEnabled\": false"}},
+      {"dmi",
+       {{"/ServerConfig/inferMode", "\"dmi\""}},
+       {"ServerConfig.inferMode", "disaggregation is not supported"}},
+      {"shared_ports",
+       {{"/ServerConfig/metricsPort", "1025"}, {"/ServerConfig/managementPort", "1030"}},
+       {"business and metrics share a port", "1025, 1030, 1025"}},
+      {"node_port",
+       {{"/BackendConfig/multiNodesInferPort", "1025"}},
+       {"BackendConfig.multiNodesInferPort: the same as ServerConfig.port", "1025"}},
+      {"too_many_links",
+       {{"/ServerConfig/maxLinkNum", "5000"}},
+       {"ServerConfig.maxLinkNum: value out of range", "5000", "[1, 4096]"}},
+      {"ca_files",
+       {{"/ServerConfig/tlsCaFile", "[]"}},
+       {"ServerConfig.tlsCaFile: wrong number of entries", "0 entries"}},
+      {"instances",
+       {{"/BackendConfig/modelInstanceNumber", "2"}},
+       {"BackendConfig.modelInstanceNumber", "several instances"}},
+      {"device_count",
+       {{"/BackendConfig/npuDeviceIds", "[[0,1,2]]"}},
+       {"BackendConfig.npuDeviceIds: does not fit worldSize", "3 ids for worldSize 1", "[[0]]"}},
+      {"device_type",
+       {{"/BackendConfig/npuDeviceIds", "[0,1]"}},
+       {"BackendConfig.npuDeviceIds: wrong type", "array of arrays"}},
+      {"backend_name",
+       {{"/BackendConfig/backendName", "\"Engine 1\""}},
+       {"BackendConfig.backendName: not a backend name", "\"Engine 1\""}},
+      {"no_model",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig", "[]"}},
+       {"ModelDeployConfig.ModelConfig: wrong number of entries", "0 entries"}},
+      {"model_name",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig/0/modelName", "\"a b\""}},
+       {"ModelConfig[0].modelName: not a model name", "\"a b\""}},
+      {"no_weights",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig/0/modelWeightPath", "\"/no/such/place\""}},
+       {"ModelConfig[0].modelWeightPath: no weight directory", "/no/such/place",
+        "No such file or directory"}},
+      {"backend_type",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig/0/backendType", "\"cuda\""}},
+       {"ModelConfig[0].backendType: unknown backend", "\"cuda\""}},
+      {"zero_memory",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig/0/npuMemSize", "0"}},
+       {"ModelConfig[0].npuMemSize: value out of range", "-1 (automatic)"}},
+      {"mock",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig/0/modelInstanceType", "\"StandardMock\""}},
+       {"ModelConfig[0].modelInstanceType", "not supported"}},
+      {"pipeline",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig/0/pp", "2"}},
+       {"ModelConfig[0].pp: pipeline parallelism is not supported", "remove \"pp\""}},
+      {"experts",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig/0/moe_ep", "4"}},
+       {"ModelConfig[0].moe_ep: expert parallelism is not supported", "found 4"}},
+      {"tp",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig/0/tp", "3"}},
+       {"ModelConfig[0].tp: tp is not the number of all ranks", "found 3", "expected 1"}},
+      {"too_many_ranks",
+       {{"/BackendConfig/ModelDeployConfig/ModelConfig/0/worldSize", "10"},
+        {"/BackendConfig/npuDeviceIds", "[[0,1,2,3,4,5,6,7,8,9]]"}},
+       {"more ranks than query heads", "found 10 ranks", "at most 9", "use at most 9 ranks"}},
+      {"zero_sequence",
+       {{"/BackendConfig/ModelDeployConfig/maxSeqLen", "0"}},
+       {"ModelDeployConfig.maxSeqLen: value out of range", "found 0"}},
+      {"truncation",
+       {{"/BackendConfig/ModelDeployConfig/truncation", "2"}},
+       {"ModelDeployConfig.truncation: value out of range", "[-1, 1]"}},
+      {"prefill_tokens",
+       {{"/BackendConfig/ScheduleConfig/maxPrefillTokens", "1024"}},
+       {"ScheduleConfig.maxPrefillTokens: smaller than maxInputTokenLen", "found 1024",
+        "at least 2048"}},
+      {"prefill_batch",
+       {{"/BackendConfig/ScheduleConfig/maxPrefillBatchSize", "201"}},
+       {"ScheduleConfig.maxPrefillBatchSize: value out of range", "[0, 200]"}},
+      {"block",
+       {{"/BackendConfig/ScheduleConfig/cacheBlockSize", "256"}},
+       {"ScheduleConfig.cacheBlockSize: value out of range", "[1, 128]"}},
+      {"template_type",
+       {{"/BackendConfig/ScheduleConfig/templateType", "\"Special\""}},
+       {"ScheduleConfig.templateType: unknown template", "\"Special\""}},
+      {"queue_delay",
+       {{"/BackendConfig/ScheduleConfig/maxQueueDelayMicroseconds", "499"}},
+       {"ScheduleConfig.maxQueueDelayMicroseconds", "[500, 1000000]"}},
+      {"max_n",
+       {{"/BackendConfig/ScheduleConfig/maxN", "300"}},
+       {"ScheduleConfig.maxN: value out of range", "[1, 200]"}},
+  };
+  return kMistakes;
 }
 
 class MistakeTest : public ConfigTest, public ::testing::WithParamInterface<Mistake> {};
 
 TEST_P(MistakeTest, IsNamedOnOneLine) {
-  GetParam().plant(config_, server(), backend(), deploy(), model(), schedule());
+  plant(GetParam(), config_);
   const std::string text = refusal();
   std::istringstream lines(text);
   bool found = false;
@@ -375,7 +309,7 @@ TEST_F(ConfigTest, TenMistakesAreReportedTogether) {
                            "model_name", "no_weights", "pipeline", "zero_memory", "block"})
     for (const Mistake& mistake : mistakes())
       if (std::string_view(mistake.name) == name) {
-        mistake.plant(config_, server(), backend(), deploy(), model(), schedule());
+        plant(mistake, config_);
         expected.push_back(mistake.message.front());
         ++planted;
       }
