@@ -140,14 +140,23 @@ void Exchange::check_header(int peer, Message& message) {
         lost_after(peer, *farewell, farewell->clean ? "it left the group" : "");
     lost_after(peer, Farewell{}, "the connection ended in the middle of its farewell");
   }
-  throw FaultError(
-      {Code::kInternal, peer,
-       fmt::format("{} sent a frame that does not fit: found magic {:#x} version {} {} #{} of {} "
-                   "bytes from rank {} in generation {:#x}; expected {} #{} of {} bytes in "
-                   "generation {:#x}. All ranks must call the same collectives in the same order",
-                   names_[peer], got.magic, got.version, operation_name(got.operation),
-                   got.sequence, got.length, got.sender, got.generation,
-                   operation_name(operation_), sequence_, message.header.length, generation_)});
+  FrameHeader same_call = message.header;
+  same_call.operation = got.operation;
+  same_call.sequence = got.sequence;
+  same_call.length = got.length;
+  if (got != same_call)
+    throw FaultError({Code::kDataLoss, peer,
+                      fmt::format("{} sent bytes that are no frame of this group: found magic {:#x} "
+                                  "version {} rank {} generation {:#x}, expected {:#x}, {}, {}, {:#x}",
+                                  names_[peer], got.magic, got.version, got.sender, got.generation,
+                                  same_call.magic, same_call.version, peer, generation_)});
+  throw FaultError({Code::kInternal, peer,
+                    fmt::format("{} called {} #{} and sent {} bytes while {} called {} #{} and "
+                                "expects {}. All ranks must call the same collectives in the same "
+                                "order",
+                                names_[peer], operation_name(got.operation), got.sequence,
+                                got.length, names_[rank_], operation_name(operation_), sequence_,
+                                message.header.length)});
 }
 
 void Exchange::run() {

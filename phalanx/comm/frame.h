@@ -40,7 +40,7 @@ struct FrameHeader {
 static_assert(sizeof(FrameHeader) == 32);
 
 // A farewell frame: a header and a body of fixed size. An empty optional is a clean leave.
-inline constexpr size_t kFarewellBytes = 256;
+inline constexpr size_t kFarewellBytes = 512;
 using FarewellFrame = std::array<std::byte, kFarewellBytes>;
 
 [[nodiscard]] FarewellFrame encode_farewell(int sender, uint64_t generation, const Fault* fault);

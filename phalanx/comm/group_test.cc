@@ -11,19 +11,31 @@
 namespace phalanx::comm {
 namespace {
 
-// The byte of rank r at row and column of its block in round `salt`.
-std::byte pattern(int rank, int64_t row, int64_t column, uint32_t salt) {
-  return static_cast<std::byte>((rank * 131 + row * 17 + column * 7 + column / 251 + salt) & 0xff);
-}
-
 using Matrix = std::vector<std::byte>;
+
+// What rank r has in `row` of its block in round `salt`: `bytes` bytes from the start.
+const std::byte* pattern(int rank, int64_t row, uint32_t salt, int64_t bytes) {
+  constexpr int64_t kStarts = 4096;
+  static const Matrix noise = [] {
+    std::mt19937_64 random(1);
+    Matrix bytes(4 << 20);
+    for (size_t i = 0; i < bytes.size(); i += 8) {
+      const uint64_t word = random();
+      std::memcpy(&bytes[i], &word, 8);
+    }
+    return bytes;
+  }();
+  EXPECT_LE(bytes + kStarts, static_cast<int64_t>(noise.size()));
+  return noise.data() + (rank * 131 + row * 1789 + int64_t{salt} * 7919) % kStarts;
+}
 
 Matrix whole_matrix(int64_t rows, std::span<const int64_t> row_bytes, uint32_t salt) {
   Matrix matrix;
   for (int64_t row = 0; row < rows; ++row)
-    for (size_t rank = 0; rank < row_bytes.size(); ++rank)
-      for (int64_t column = 0; column < row_bytes[rank]; ++column)
-        matrix.push_back(pattern(static_cast<int>(rank), row, column, salt));
+    for (size_t rank = 0; rank < row_bytes.size(); ++rank) {
+      const std::byte* from = pattern(static_cast<int>(rank), row, salt, row_bytes[rank]);
+      matrix.insert(matrix.end(), from, from + row_bytes[rank]);
+    }
   return matrix;
 }
 
@@ -53,9 +65,11 @@ void check_gather(Group& group, int64_t rows, std::span<const int64_t> row_bytes
   if (group.rank() == root) {
     matrix = only_own(expected, rows, row_bytes, root);
   } else {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t column = 0; column < row_bytes[group.rank()]; ++column)
-        matrix.push_back(pattern(group.rank(), row, column, salt));
+    const int64_t bytes = row_bytes[group.rank()];
+    for (int64_t row = 0; row < rows; ++row) {
+      const std::byte* from = pattern(group.rank(), row, salt, bytes);
+      matrix.insert(matrix.end(), from, from + bytes);
+    }
   }
   group.gather(matrix.data(), rows, row_bytes, root);
   if (group.rank() == root) {
@@ -64,8 +78,8 @@ void check_gather(Group& group, int64_t rows, std::span<const int64_t> row_bytes
 }
 
 void check_broadcast(Group& group, int64_t bytes, int root, uint32_t salt) {
-  Matrix expected(bytes);
-  for (int64_t i = 0; i < bytes; ++i) expected[i] = pattern(root, 3, i, salt);
+  const std::byte* from = pattern(root, 3, salt, bytes);
+  const Matrix expected(from, from + bytes);
   Matrix data = group.rank() == root ? expected : Matrix(bytes, std::byte{0xee});
   group.broadcast(data, root);
   EXPECT_TRUE(data == expected) << "broadcast of " << bytes << " bytes from rank " << root
@@ -79,11 +93,18 @@ float awkward(int rank, int64_t i) {
 }
 
 void check_all_reduce(Group& group, int64_t count) {
+  // The pattern repeats, so that the expected sums are cheap.
+  constexpr int64_t kPeriod = 65;
+  float own[kPeriod], sums[kPeriod];
+  for (int64_t i = 0; i < kPeriod; ++i) {
+    own[i] = awkward(group.rank(), i);
+    sums[i] = awkward(0, i);
+    for (int rank = 1; rank < group.size(); ++rank) sums[i] += awkward(rank, i);
+  }
   std::vector<float> values(count), expected(count);
-  for (int64_t i = 0; i < count; ++i) {
-    values[i] = awkward(group.rank(), i);
-    expected[i] = awkward(0, i);
-    for (int rank = 1; rank < group.size(); ++rank) expected[i] += awkward(rank, i);
+  for (int64_t i = 0; i < count; i += kPeriod) {
+    std::memcpy(&values[i], own, std::min(kPeriod, count - i) * sizeof(float));
+    std::memcpy(&expected[i], sums, std::min(kPeriod, count - i) * sizeof(float));
   }
   group.all_reduce(values);
   EXPECT_EQ(std::memcmp(values.data(), expected.data(), count * sizeof(float)), 0)

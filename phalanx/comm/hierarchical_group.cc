@@ -170,7 +170,7 @@ void HierarchicalGroup::run(Operation operation, Body body) {
   const int64_t start = now_ns();
   deadline_ns_ = start + static_cast<int64_t>(std::min(cap_seconds_, 1e8) * 1e9);
   try {
-    if (dead_.load(std::memory_order_acquire)) check(-1);
+    if (aborted()) check(-1);
     exchange_->begin(operation, sequence_);
     if (slots_ != nullptr) slots_->begin(operation, sequence_);
     body();

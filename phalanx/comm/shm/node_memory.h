@@ -22,7 +22,7 @@ struct NodeHeader {
   alignas(64) std::atomic<uint32_t> abort_state;
   int32_t code;
   int32_t culprit;
-  char text[224];
+  char text[468];
 };
 
 // Written by its rank at every round, read by the others.
