@@ -41,6 +41,7 @@ class HistoryModel final : public models::Model {
   }
   [[nodiscard]] const models::ModelInfo& info() const override { return info_; }
   [[nodiscard]] const models::LoadStats& load_stats() const override { return stats_; }
+  [[nodiscard]] models::StepTimes last_times() const override { return {}; }
   void allocate_kv(int64_t blocks) override {
     slots_.assign(static_cast<size_t>(blocks * block_size_), Slot{});
   }

@@ -144,18 +144,24 @@ class Worker {
 
 void run_worker(const WorkerOptions& options, models::Model& model, comm::Group& group,
                 StepChannelRank* channel, RankPage* page) {
-  const auto report = [&](uint64_t step, const char* what) {
-    const std::string message =
-        fmt::format("rank {} failed after step {}: {}", group.rank(), step, what);
+  uint64_t step = 0;
+  const auto named = [&](const char* what) {
+    return fmt::format("rank {} failed after step {}: {}", group.rank(), step, what);
+  };
+  const auto end = [&](const std::string& message) {
     group.abort(message.c_str());
     if (channel != nullptr) channel->fail(message);
   };
-  uint64_t step = 0;
   try {
     Worker worker(options, model, group, channel, page);
     while (worker.step()) step = worker.last_step();
+  } catch (const Error& error) {
+    // A fault of the group names its rank already.
+    const bool by_group = error.code() == Code::kAborted || error.code() == Code::kUnavailable;
+    end(by_group ? error.what() : named(error.what()));
+    throw;
   } catch (const std::exception& error) {
-    report(step, error.what());
+    end(named(error.what()));
     throw;
   }
 }
