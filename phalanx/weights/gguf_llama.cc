@@ -280,8 +280,8 @@ std::string GgufLlama::generation_config_json() const {
   return out.dump(2) + "\n";
 }
 
-std::vector<TensorEntry> GgufLlama::entries() const {
-  std::vector<TensorEntry> entries;
+std::vector<NewTensor> GgufLlama::entries() const {
+  std::vector<NewTensor> entries;
   for (const Source& source : sources_) entries.push_back(source.entry);
   return entries;
 }

@@ -27,7 +27,7 @@ class GgufLlama {
   [[nodiscard]] std::string generation_config_json() const;
   [[nodiscard]] int64_t context_length() const { return context_length_; }
   // In the order of the written files.
-  [[nodiscard]] std::vector<TensorEntry> entries() const;
+  [[nodiscard]] std::vector<NewTensor> entries() const;
   // Writes model.safetensors, or several files and their index, into `dir`. `advance` is called
   // with the bytes written since the last call. Needs some 64 MB of memory, however large the
   // model. Values beyond f16's range are refused when that is the target.
@@ -36,7 +36,7 @@ class GgufLlama {
 
  private:
   struct Source {
-    TensorEntry entry;
+    NewTensor entry;
     const GgufTensor* tensor;
     int64_t heads;  // 0: not permuted
   };

@@ -28,18 +28,17 @@ constexpr size_t kMaxDimensions = 8;
 constexpr std::string_view kTruncatedFix =
     "the file is damaged or its download was cut short; fetch it again";
 
-constexpr std::array<std::pair<std::string_view, DType>, 11> kDTypes = {
-    {{"F32", DType::kF32},
-     {"F16", DType::kF16},
-     {"BF16", DType::kBF16},
-     {"I8", DType::kI8},
-     {"U8", DType::kU8},
-     {"I16", DType::kI16},
-     {"I32", DType::kI32},
-     {"I64", DType::kI64},
-     {"F64", DType::kF64},
-     {"F8_E4M3", DType::kF8E4M3},
-     {"BOOL", DType::kBool}}};
+constexpr std::array<std::pair<std::string_view, DType>, 11> kDTypes = {{{"F32", DType::kF32},
+                                                                         {"F16", DType::kF16},
+                                                                         {"BF16", DType::kBF16},
+                                                                         {"I8", DType::kI8},
+                                                                         {"U8", DType::kU8},
+                                                                         {"I16", DType::kI16},
+                                                                         {"I32", DType::kI32},
+                                                                         {"I64", DType::kI64},
+                                                                         {"F64", DType::kF64},
+                                                                         {"F8_E4M3", DType::kF8E4M3},
+                                                                         {"BOOL", DType::kBool}}};
 
 bool read_all(int fd, int64_t offset, char* out, int64_t bytes) {
   while (bytes > 0) {
@@ -90,11 +89,8 @@ std::optional<TensorEntry> read_entry(const std::string& name, const json& value
   const std::string where = fmt::format("{}: tensor {}", path, name);
   const auto refuse = [&](std::string what, std::string found, std::string expected,
                           std::string_view fix = "") {
-    problems.add({.what = std::move(what),
-                  .where = where,
-                  .found = std::move(found),
-                  .expected = std::move(expected),
-                  .fix = std::string(fix)});
+    problems.add({.what = std::move(what), .where = where, .found = std::move(found),
+                  .expected = std::move(expected), .fix = std::string(fix)});
     return std::nullopt;
   };
   if (!value.is_object() || !value.contains("dtype") || !value.contains("shape") ||
@@ -109,8 +105,7 @@ std::optional<TensorEntry> read_entry(const std::string& name, const json& value
   if (known == kDTypes.end()) {
     std::vector<std::string_view> names;
     for (const auto& pair : kDTypes) names.push_back(pair.first);
-    return refuse("unknown dtype", clipped(dtype),
-                  fmt::format("one of {}", fmt::join(names, ", ")));
+    return refuse("unknown dtype", clipped(dtype), fmt::format("one of {}", fmt::join(names, ", ")));
   }
   entry.dtype = known->second;
   const json& shape = value["shape"];
@@ -158,10 +153,8 @@ std::vector<TensorEntry> read_safetensors_header(int fd, const std::string& path
   }
   std::array<unsigned char, 8> length_bytes{};
   if (st.st_size < 8 || !read_all(fd, 0, reinterpret_cast<char*>(length_bytes.data()), 8)) {
-    problems.add({.what = "too short for a safetensors file",
-                  .where = path,
-                  .found = fmt::format("{} bytes", st.st_size),
-                  .expected = "at least 8 bytes",
+    problems.add({.what = "too short for a safetensors file", .where = path,
+                  .found = fmt::format("{} bytes", st.st_size), .expected = "at least 8 bytes",
                   .fix = std::string(kTruncatedFix)});
     return {};
   }
@@ -169,8 +162,7 @@ std::vector<TensorEntry> read_safetensors_header(int fd, const std::string& path
   for (int i = 7; i >= 0; --i) length = length << 8 | length_bytes[static_cast<size_t>(i)];
   const auto limit = static_cast<uint64_t>(std::min<int64_t>(kMaxHeaderBytes, st.st_size - 8));
   if (length > limit) {
-    problems.add({.what = "safetensors header larger than the file or the limit",
-                  .where = path,
+    problems.add({.what = "safetensors header larger than the file or the limit", .where = path,
                   .found = fmt::format("{} bytes", length),
                   .expected = fmt::format("at most {} (file of {} bytes)", limit, st.st_size),
                   .fix = std::string(kTruncatedFix)});
@@ -178,8 +170,7 @@ std::vector<TensorEntry> read_safetensors_header(int fd, const std::string& path
   }
   std::string text(length, '\0');
   if (!read_all(fd, 8, text.data(), static_cast<int64_t>(length))) {
-    problems.add({.what = "cannot read the safetensors header",
-                  .where = path,
+    problems.add({.what = "cannot read the safetensors header", .where = path,
                   .found = std::strerror(errno)});
     return {};
   }
@@ -194,8 +185,7 @@ std::vector<TensorEntry> read_safetensors_header(int fd, const std::string& path
     return {};
   }
   if (!header.is_object()) {
-    problems.add({.what = "safetensors header is not a JSON object",
-                  .where = path,
+    problems.add({.what = "safetensors header is not a JSON object", .where = path,
                   .found = clipped(header)});
     return {};
   }
@@ -225,8 +215,7 @@ std::vector<TensorEntry> read_safetensors_header(int fd, const std::string& path
     covered = std::max(covered, entry.offset + entry.bytes);
   }
   if (covered != data_bytes && problems.list().size() == problems_before)
-    problems.add({.what = "bytes after the last tensor",
-                  .where = path,
+    problems.add({.what = "bytes after the last tensor", .where = path,
                   .found = fmt::format("{} bytes of data", data_bytes),
                   .expected = fmt::format("{}", covered)});
   for (TensorEntry& entry : entries) entry.offset += data_begin;

@@ -78,17 +78,17 @@ std::string_view stored_name(tensor::DType dtype) {
 
 }  // namespace
 
-int64_t TensorEntry::bytes() const {
+int64_t NewTensor::bytes() const {
   int64_t elements = 1;
   for (const int64_t size : shape) elements *= size;
   return elements * static_cast<int64_t>(tensor::dtype_bytes(dtype));
 }
 
-SafetensorsWriter::SafetensorsWriter(std::string path, std::vector<TensorEntry> entries)
+SafetensorsWriter::SafetensorsWriter(std::string path, std::vector<NewTensor> entries)
     : path_(std::move(path)), part_(path_ + ".part") {
   ordered_json header;
   header["__metadata__"] = {{"format", "pt"}};
-  for (const TensorEntry& entry : entries) {
+  for (const NewTensor& entry : entries) {
     PHALANX_CHECK(!header.contains(entry.name));
     const int64_t begin = expected_;
     expected_ += entry.bytes();
@@ -121,10 +121,10 @@ void SafetensorsWriter::finish() {
   finished_ = true;
 }
 
-std::vector<CheckpointShard> plan_shards(std::vector<TensorEntry> entries, int64_t max_bytes) {
+std::vector<CheckpointShard> plan_shards(std::vector<NewTensor> entries, int64_t max_bytes) {
   std::vector<CheckpointShard> shards(1);
   int64_t filled = 0;
-  for (TensorEntry& entry : entries) {
+  for (NewTensor& entry : entries) {
     const int64_t bytes = entry.bytes();
     if (!shards.back().entries.empty() && filled + bytes > max_bytes) {
       shards.emplace_back();
@@ -144,7 +144,7 @@ std::string shard_index(const std::vector<CheckpointShard>& shards) {
   ordered_json map = ordered_json::object();
   int64_t total = 0;
   for (const CheckpointShard& shard : shards)
-    for (const TensorEntry& entry : shard.entries) {
+    for (const NewTensor& entry : shard.entries) {
       map[entry.name] = shard.file_name;
       total += entry.bytes();
     }

@@ -11,7 +11,7 @@
 
 namespace phalanx::weights {
 
-struct TensorEntry {
+struct NewTensor {
   std::string name;
   tensor::DType dtype = tensor::DType::kF32;
   std::vector<int64_t> shape;
@@ -25,7 +25,7 @@ struct TensorEntry {
 class SafetensorsWriter {
  public:
   // The tensors' data follow in this order. Throws kUnavailable with errno's text.
-  SafetensorsWriter(std::string path, std::vector<TensorEntry> entries);
+  SafetensorsWriter(std::string path, std::vector<NewTensor> entries);
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
@@ -46,11 +46,11 @@ class SafetensorsWriter {
 
 struct CheckpointShard {
   std::string file_name;  // model.safetensors, or model-00001-of-00003.safetensors
-  std::vector<TensorEntry> entries;
+  std::vector<NewTensor> entries;
 };
 
 // Cuts the tensors, in their order, into files of at most `max_bytes` (one tensor at least each).
-[[nodiscard]] std::vector<CheckpointShard> plan_shards(std::vector<TensorEntry> entries,
+[[nodiscard]] std::vector<CheckpointShard> plan_shards(std::vector<NewTensor> entries,
                                                        int64_t max_bytes);
 // The text of model.safetensors.index.json.
 [[nodiscard]] std::string shard_index(const std::vector<CheckpointShard>& shards);
