@@ -1,0 +1,44 @@
+# The front door. It only calls CMake presets and scripts/.
+PREFIX ?= /usr/local
+
+.PHONY: help build demo serve test bench format lint install clean
+
+help:
+	@echo "make build            build/release/phalanx (installs what is missing first)"
+	@echo "make demo             two nodes on this machine answer a question, then stop"
+	@echo "make serve            the same two nodes, and they stay up"
+	@echo "make test             unit, system, ASan+UBSan and TSan tests"
+	@echo "make bench            memory, kernels, collectives, engine"
+	@echo "make install PREFIX=  lays out PREFIX/mindie-service"
+	@echo "make format | lint    clang-format; arrows between rooms and clang-tidy"
+	@echo "make clean            removes build/ (not the cached demo model)"
+
+build:
+	@scripts/setup
+	@scripts/build release
+
+demo: build
+	@scripts/demo
+
+serve: build
+	@scripts/demo --stay
+
+test:
+	@scripts/test
+
+bench: build
+	@scripts/bench
+
+format:
+	@scripts/setup --lint
+	@scripts/format
+
+lint:
+	@scripts/setup --lint
+	@scripts/lint
+
+install: build
+	@scripts/install "$(PREFIX)"
+
+clean:
+	rm -rf build
