@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 #include "phalanx/base/check.h"
 #include "phalanx/engine/philox.h"
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int64_t kPiece = 1024;  // ids per sum
 constexpr int64_t kGroup = 64;    // ids per stored maximum
-constexpr int kMassBuckets = 1024;
+constexpr int64_t kSortedAtMost = 256;  // weights sorted to find where top_p ends
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 using Floats = float __attribute__((vector_size(16)));
@@ -88,19 +89,39 @@ double weigh_piece(const float* x, int64_t count, float max, float scale, float 
   return sum_lanes(sums);
 }
 
-double sum_piece(const float* w, int64_t count) {
+// Sum of the weights that are at least `least`; adds their number to *count.
+double mass_of_piece(const float* w, int64_t size, float least, int64_t* count) {
   Floats sums[4] = {};
+  Ints found = {};
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    for (int lane = 0; lane < 4; ++lane) sums[lane] += load(w + i + 4 * lane);
+  for (; i + 16 <= size; i += 16) {
+    for (int lane = 0; lane < 4; ++lane) {
+      const Floats v = load(w + i + 4 * lane);
+      const Ints in = v >= splat(least);
+      sums[lane] += select(in, v, splat(0.0f));
+      found -= in;
+    }
   }
-  double sum = sum_lanes(sums);
-  for (; i < count; ++i) sum += static_cast<double>(w[i]);
-  return sum;
+  if (i < size) {
+    float tail[16] = {};
+    std::copy(w + i, w + size, tail);
+    for (int lane = 0; lane < 4; ++lane) {
+      const Floats v = load(tail + 4 * lane);
+      const Ints in = v >= splat(least);
+      sums[lane] += select(in, v, splat(0.0f));
+      found -= in;
+    }
+  }
+  *count += found[0] + found[1] + found[2] + found[3];
+  return sum_lanes(sums);
 }
 
-// Buckets of equal exponent and three leading bits of the fraction, rising with the weight.
-int mass_bucket(float weight) { return static_cast<int>(std::bit_cast<uint32_t>(weight) >> 20); }
+// Zeroes the weights below `least`; the sum of the others.
+double drop_below(float* w, int64_t size, float least) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i) w[i] = w[i] < least ? 0.0f : w[i];
+  return mass_of_piece(w, size, least, &count);
+}
 
 bool has_penalty(const SamplingParams& p) {
   return p.repetition_penalty != 1.0f || p.presence_penalty != 0.0f || p.frequency_penalty != 0.0f;
@@ -159,7 +180,6 @@ Sampler::Sampler(int64_t vocab_size) : vocab_size_(vocab_size) {
   piece_sums_.resize((size + kPiece - 1) / kPiece);
   group_max_.resize((size + kGroup - 1) / kGroup);
   group_order_.resize(group_max_.size());
-  mass_.resize(kMassBuckets);
   candidates_.reserve(size);
 }
 
@@ -329,25 +349,25 @@ int32_t Sampler::draw_from_candidates(const SamplingParams& params, float max, d
   return candidates_[kept - 1].id;
 }
 
+// Calls visit(first id, ids, the piece's sum) for every piece, in ascending order.
+template <typename Visit>
+void Sampler::for_pieces(Visit&& visit) {
+  for (size_t p = 0; p < piece_sums_.size(); ++p) {
+    const auto begin = static_cast<int64_t>(p) * kPiece;
+    visit(begin, std::min(kPiece, vocab_size_ - begin), piece_sums_[p]);
+  }
+}
+
 int32_t Sampler::draw_from_row(std::span<const float> row, const SamplingParams& params, float max,
                                double uniform) {
   const float scale = 1.0f / params.temperature;
-  double total = 0;
-  for (size_t p = 0; p < piece_sums_.size(); ++p) {
-    const auto begin = static_cast<int64_t>(p) * kPiece;
-    piece_sums_[p] = weigh_piece(row.data() + begin, std::min(kPiece, vocab_size_ - begin), max,
-                                 scale, params.min_p, weights_.data() + begin);
-    total += piece_sums_[p];
-  }
+  for_pieces([&](int64_t begin, int64_t size, double& sum) {
+    sum = weigh_piece(row.data() + begin, size, max, scale, params.min_p, weights_.data() + begin);
+  });
+  double total = std::accumulate(piece_sums_.begin(), piece_sums_.end(), 0.0);
   if (params.top_p < 1.0f) {
     keep_top_p(static_cast<double>(params.top_p), total);
-    total = 0;
-    for (size_t p = 0; p < piece_sums_.size(); ++p) {
-      const auto begin = static_cast<int64_t>(p) * kPiece;
-      piece_sums_[p] =
-          sum_piece(weights_.data() + begin, std::min(kPiece, vocab_size_ - begin));
-      total += piece_sums_[p];
-    }
+    total = std::accumulate(piece_sums_.begin(), piece_sums_.end(), 0.0);
   }
   const double target = uniform * total;
   double before = 0;
@@ -379,35 +399,56 @@ int32_t Sampler::draw_from_row(std::span<const float> row, const SamplingParams&
   return last;
 }
 
-// Zeroes the weights outside the shortest run of the heaviest that reaches top_p * total. The
-// bucket in which the run ends is found by mass; only that bucket is sorted.
+// Finds the shortest run of the heaviest weights that reaches top_p * total, zeroes the others and
+// renews piece_sums_. The weight where the run ends is enclosed by halving, on the bits of the
+// float, until few weights are left between the bounds; only those are sorted.
 void Sampler::keep_top_p(double top_p, double total) {
-  std::fill(mass_.begin(), mass_.end(), 0.0);
-  for (const float w : weights_) mass_[static_cast<size_t>(mass_bucket(w))] += static_cast<double>(w);
   const double wanted = top_p * total;
-  double sum = 0;
-  int bucket = kMassBuckets - 1;
-  while (bucket > 0 && sum + mass_[static_cast<size_t>(bucket)] < wanted) {
-    sum += mass_[static_cast<size_t>(bucket--)];
+  // mass(>= low) >= wanted > mass(>= high), in the same order of additions as `total`.
+  uint32_t low = 0, high = std::bit_cast<uint32_t>(1.0f) + 2;
+  int64_t low_count = vocab_size_, high_count = 0;
+  double high_mass = 0;
+  uint32_t middle = std::bit_cast<uint32_t>(0x1p-8f);
+  while (high - low > 1 && low_count - high_count > kSortedAtMost) {
+    double mass = 0;
+    int64_t count = 0;
+    const auto least = std::bit_cast<float>(middle);
+    for_pieces([&](int64_t begin, int64_t size, double&) {
+      mass += mass_of_piece(weights_.data() + begin, size, least, &count);
+    });
+    if (mass >= wanted) {
+      low = middle;
+      low_count = count;
+    } else {
+      high = middle;
+      high_count = count;
+      high_mass = mass;
+    }
+    middle = low + (high - low) / 2;
   }
+  const auto least = std::bit_cast<float>(low);
+  const auto above = std::bit_cast<float>(high);
   candidates_.clear();
   for (int64_t i = 0; i < vocab_size_; ++i) {
     const float w = weights_[static_cast<size_t>(i)];
-    if (w > 0 && mass_bucket(w) == bucket) candidates_.push_back({w, static_cast<int32_t>(i)});
+    if (w >= least && w < above && w > 0) candidates_.push_back({w, static_cast<int32_t>(i)});
   }
   std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
     return a.value != b.value ? a.value > b.value : a.id < b.id;
   });
-  Candidate last{.value = 0, .id = std::numeric_limits<int32_t>::max()};
-  for (const Candidate& c : candidates_) {
-    last = c;
-    sum += static_cast<double>(c.value);
-    if (sum >= wanted) break;
+  // The heaviest always stays.
+  size_t kept = 0;
+  for (double sum = high_mass; kept < candidates_.size() &&
+                               (sum < wanted || (kept == 0 && high_count == 0));
+       ++kept) {
+    sum += static_cast<double>(candidates_[kept].value);
   }
-  for (int64_t i = 0; i < vocab_size_; ++i) {
-    float& w = weights_[static_cast<size_t>(i)];
-    if (w < last.value || (w == last.value && i > last.id)) w = 0;
+  for (; kept < candidates_.size(); ++kept) {
+    weights_[static_cast<size_t>(candidates_[kept].id)] = 0;
   }
+  for_pieces([&](int64_t begin, int64_t size, double& sum) {
+    sum = drop_below(weights_.data() + begin, size, least);
+  });
 }
 
 }  // namespace phalanx::engine

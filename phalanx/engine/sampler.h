@@ -87,6 +87,8 @@ class Sampler {
   int32_t draw_from_row(std::span<const float> row, const SamplingParams& params, float max,
                         double uniform);
   void keep_top_p(double top_p, double total);
+  template <typename Visit>
+  void for_pieces(Visit&& visit);
 
   int64_t vocab_size_;
   std::vector<float> adjusted_;         // [vocab_size]
@@ -94,7 +96,6 @@ class Sampler {
   std::vector<double> piece_sums_;      // of weights_
   std::vector<float> group_max_;        // of the last row scanned, 64 ids each
   std::vector<float> group_order_;
-  std::vector<double> mass_;            // of weights_ by exponent and leading bits
   std::vector<Candidate> candidates_;
 };
 
