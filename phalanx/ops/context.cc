@@ -3,6 +3,7 @@
 #include <string>
 
 #include "phalanx/base/error.h"
+#include "phalanx/ops/cpu/cpu.h"
 #include "phalanx/ops/ops.h"
 #include "phalanx/ops/packing.h"
 #include "phalanx/ops/scratch.h"
@@ -27,7 +28,9 @@ class Pieces {
   int64_t used_ = 0;
 };
 
-const cpu::Kernels* kernels_of(Isa isa) {
+}  // namespace
+
+const cpu::Kernels* cpu::kernels_of(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
     case Isa::kAvx2: return &cpu::avx2_kernels();
@@ -39,6 +42,8 @@ const cpu::Kernels* kernels_of(Isa isa) {
   PHALANX_CHECK(isa == Isa::kRef);
   return nullptr;
 }
+
+namespace {
 
 void lay_out(const Context::Options& options, int threads, Pieces& pieces,
              Context::Scratch& scratch) {
@@ -83,7 +88,7 @@ Context::Context(const Options& options, ThreadPool& pool)
     throw Error(Code::kInvalidArgument, "this machine or this build has no kernels for \"" +
                                             std::string(isa_name(options.isa)) + "\"");
   Scratch& scratch = state_->scratch;
-  scratch.kernels = kernels_of(options.isa);
+  scratch.kernels = cpu::kernels_of(options.isa);
   if (scratch.kernels == nullptr) return;
   scratch.max_tokens = options.max_tokens;
   scratch.max_k = options.max_k;

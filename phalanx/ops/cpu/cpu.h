@@ -10,6 +10,10 @@
 
 namespace phalanx::ops::cpu {
 
+struct Kernels;
+// nullptr for the reference. The machine must have `isa`.
+[[nodiscard]] const Kernels* kernels_of(Isa isa);
+
 void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
             const MatrixView& out);
 void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const float* gate_bias,

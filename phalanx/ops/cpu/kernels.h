@@ -66,6 +66,12 @@ struct Kernels {
                 const float* chunk_o, int64_t n) = nullptr;
   // out = o / sum.
   void (*divide)(const float* o, float sum, int64_t n, void* out, bool out_bf16) = nullptr;
+
+  // For benchmarks: what the core can do at best. Floating-point operations done by `steps` steps
+  // of independent chains of products (pairs: by vdpbf16ps; else f32).
+  int64_t (*peak)(int64_t steps, bool pairs) = nullptr;
+  // Reads memory once, `bytes` a multiple of 4096; the result only keeps the reads alive.
+  float (*read)(const float* memory, int64_t bytes) = nullptr;
 };
 
 const Kernels& avx2_kernels();

@@ -5,6 +5,8 @@
 //                  store_n(p, n, v), store_bf16(p, v), store_bf16_n(p, n, v), add, sub, mul, div,
 //                  fma(a, b, c) = a * b + c, max (the second operand if either is NaN),
 //                  negate, scale_of(shifted) = 2^n, below(x, limit, then, else), above, sum(v)
+//   keep_alive(v)  the compiler must not look through v
+//   kPeakChains    independent chains that fill the units and fit the registers
 //   kTilePanels(rows)  panels of a register tile with `rows` rows
 // Loads of n elements give zeros beyond.
 
@@ -419,6 +421,52 @@ void divide(const float* o, float sum, int64_t n, void* out, bool out_bf16) {
     store_any(out, out_bf16, i, n, div(load_any(o, false, i, n), s));
 }
 
+// --- Floors ----------------------------------------------------------------------------------
+
+int64_t peak(int64_t steps, bool pairs) {
+  constexpr int kChains = kPeakChains;
+  V acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = set1(static_cast<float>(i));
+  V a = set1(1.0f);
+  V b = set1(1e-9f);
+#ifdef PHALANX_PAIRS
+  if (pairs) {
+    for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kChains; ++i)
+        acc[i].v = _mm512_dpbf16_ps(acc[i].v, (__m512bh)_mm512_castps_si512(a.v),
+                                    (__m512bh)_mm512_castps_si512(b.v));
+      keep_alive(a);
+    }
+    for (int i = 0; i < kChains; ++i) keep_alive(acc[i]);
+    return steps * kChains * 64;
+  }
+#endif
+  (void)pairs;
+  for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) acc[i] = fma(a, b, acc[i]);
+    keep_alive(a);
+  }
+  for (int i = 0; i < kChains; ++i) keep_alive(acc[i]);
+  return steps * kChains * 32;
+}
+
+// Four streams, as a decode step reads four panels.
+float read(const float* memory, int64_t bytes) {
+  const int64_t quarter = bytes / 16;  // floats
+  V acc[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t i = 0; i < quarter; i += 16) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const float* p = memory + k * quarter + i;
+      __builtin_prefetch(p + kAheadBytes / 4, 0, 3);
+      acc[k] = add(acc[k], load(p));
+    }
+  }
+  return sum(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
+}
+
 constexpr Kernels make_kernels() {
   Kernels k;
 #ifdef PHALANX_PAIRS
@@ -440,5 +488,7 @@ constexpr Kernels make_kernels() {
   k.softmax = softmax;
   k.merge = merge;
   k.divide = divide;
+  k.peak = peak;
+  k.read = read;
   return k;
 }

@@ -10,6 +10,7 @@ struct V {
   __m256 hi;
 };
 
+constexpr int kPeakChains = 6;
 constexpr int kTilePanels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
 inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -124,6 +125,10 @@ inline float largest(V x) {
 }
 inline float square_root(float x) {
   return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
+}
+
+inline __attribute__((always_inline)) void keep_alive(V& v) {
+  __asm__ volatile("" : "+x"(v.lo), "+x"(v.hi));
 }
 
 #include "phalanx/ops/cpu/kernels.inl"

@@ -4,6 +4,7 @@ struct V {
   __m512 v;
 };
 
+constexpr int kPeakChains = 12;
 constexpr int kTilePanels(int) { return 4; }
 
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -86,3 +87,4 @@ inline float largest(V x) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 inline float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+inline __attribute__((always_inline)) void keep_alive(V& v) { __asm__ volatile("" : "+v"(v.v)); }
