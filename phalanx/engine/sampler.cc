@@ -28,132 +28,15 @@ Floats load(const float* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
-void store(float* p, Floats v) { std::memcpy(p, &v, sizeof(v)); }
 Floats select(Ints mask, Floats yes, Floats no) {
   return std::bit_cast<Floats>((std::bit_cast<Ints>(yes) & mask) |
                                (std::bit_cast<Ints>(no) & ~mask));
 }
-Floats splat(float v) { return Floats{v, v, v, v}; }
-
-// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln 2 / 2; the polynomial is that of Cephes'
-// expf. Adding 1.5 * 2^23 rounds to an integer, which then lies in the low bits.
-Floats exp_not_positive(Floats x) {
-  const Ints tiny = x < splat(-87.0f);
-  x = select(tiny, splat(-87.0f), x);
-  const Floats shifted = x * splat(1.44269504088896341f) + splat(12582912.0f);
-  const Floats n = shifted - splat(12582912.0f);
-  const Floats r = (x - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
-  Floats p = splat(1.9875691500e-4f);
-  p = p * r + splat(1.3981999507e-3f);
-  p = p * r + splat(8.3334519073e-3f);
-  p = p * r + splat(4.1665795894e-2f);
-  p = p * r + splat(1.6666665459e-1f);
-  p = p * r + splat(5.0000001201e-1f);
-  p = p * r * r + r + splat(1.0f);
-  const Ints exponent = (std::bit_cast<Ints>(shifted) - 0x4B400000) << 23;
-  return select(tiny, splat(0.0f), std::bit_cast<Floats>(std::bit_cast<Ints>(p) + exponent));
-}
-
-double sum_lanes(const Floats (&lanes)[4]) {
-  const Floats four = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  return static_cast<double>((four[0] + four[1]) + (four[2] + four[3]));
-}
-
-// Weights of up to kPiece ids, exp((x - max) * scale), those below `least` dropped; their sum.
-// out may be null.
-double weigh_piece(const float* x, int64_t count, float max, float scale, float least,
-                   float* out) {
-  Floats sums[4] = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    for (int lane = 0; lane < 4; ++lane) {
-      Floats w = exp_not_positive((load(x + i + 4 * lane) - splat(max)) * splat(scale));
-      w = select(w < splat(least), splat(0.0f), w);
-      sums[lane] += w;
-      if (out != nullptr) store(out + i + 4 * lane, w);
-    }
-  }
-  if (i < count) {
-    float in_tail[16];
-    float out_tail[16];
-    std::fill_n(in_tail, 16, -kInfinity);
-    std::copy(x + i, x + count, in_tail);
-    for (int lane = 0; lane < 4; ++lane) {
-      Floats w = exp_not_positive((load(in_tail + 4 * lane) - splat(max)) * splat(scale));
-      w = select(w < splat(least), splat(0.0f), w);
-      sums[lane] += w;
-      store(out_tail + 4 * lane, w);
-    }
-    if (out != nullptr) std::copy_n(out_tail, count - i, out + i);
-  }
-  return sum_lanes(sums);
-}
-
-// Sum of the weights that are at least `least`; adds their number to *count.
-double mass_of_piece(const float* w, int64_t size, float least, int64_t* count) {
-  Floats sums[4] = {};
-  Ints found = {};
-  int64_t i = 0;
-  for (; i + 16 <= size; i += 16) {
-    for (int lane = 0; lane < 4; ++lane) {
-      const Floats v = load(w + i + 4 * lane);
-      const Ints in = v >= splat(least);
-      sums[lane] += select(in, v, splat(0.0f));
-      found -= in;
-    }
-  }
-  if (i < size) {
-    float tail[16] = {};
-    std::copy(w + i, w + size, tail);
-    for (int lane = 0; lane < 4; ++lane) {
-      const Floats v = load(tail + 4 * lane);
-      const Ints in = v >= splat(least);
-      sums[lane] += select(in, v, splat(0.0f));
-      found -= in;
-    }
-  }
-  *count += found[0] + found[1] + found[2] + found[3];
-  return sum_lanes(sums);
-}
-
-// Zeroes the weights below `least`; the sum of the others.
-double drop_below(float* w, int64_t size, float least) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < size; ++i) w[i] = w[i] < least ? 0.0f : w[i];
-  return mass_of_piece(w, size, least, &count);
-}
-
 bool has_penalty(const SamplingParams& p) {
   return p.repetition_penalty != 1.0f || p.presence_penalty != 0.0f || p.frequency_penalty != 0.0f;
 }
 
 }  // namespace
-
-float portable_exp(float x) { return exp_not_positive(splat(x))[0]; }
-
-double portable_log(double x) {
-  int exponent = 0;
-  double m = std::frexp(x, &exponent);  // exact; [0.5, 1)
-  if (m < 0.70710678118654752) {
-    m *= 2;
-    --exponent;
-  }
-  // log(m) = 2 atanh(f), |f| <= 0.172.
-  const double f = (m - 1) / (m + 1);
-  const double f2 = f * f;
-  double series = 0;
-  for (int k = 23; k >= 1; k -= 2) series = series * f2 + 1.0 / k;
-  return static_cast<double>(exponent) * 0.69314718055994531 + 2 * f * series;
-}
-
-double log_sum_exp(std::span<const float> row, float max) {
-  double sum = 0;
-  const auto size = static_cast<int64_t>(row.size());
-  for (int64_t i = 0; i < size; i += kPiece) {
-    sum += weigh_piece(row.data() + i, std::min(kPiece, size - i), max, 1.0f, 0.0f, nullptr);
-  }
-  return static_cast<double>(max) + portable_log(sum);
-}
 
 // --- TokenCounts -----------------------------------------------------------------------------
 
@@ -173,7 +56,8 @@ TokenCounts::Entry& TokenCounts::entry(int32_t token) {
 
 // --- Sampler ---------------------------------------------------------------------------------
 
-Sampler::Sampler(int64_t vocab_size) : vocab_size_(vocab_size) {
+Sampler::Sampler(int64_t vocab_size)
+    : vocab_size_(vocab_size), math_(best_row_math()) {
   const auto size = static_cast<size_t>(vocab_size);
   adjusted_.resize(size);
   weights_.resize(size);
@@ -362,7 +246,8 @@ int32_t Sampler::draw_from_row(std::span<const float> row, const SamplingParams&
                                double uniform) {
   const float scale = 1.0f / params.temperature;
   for_pieces([&](int64_t begin, int64_t size, double& sum) {
-    sum = weigh_piece(row.data() + begin, size, max, scale, params.min_p, weights_.data() + begin);
+    sum = math_.weigh(row.data() + begin, size, max, scale, params.min_p,
+                      weights_.data() + begin);
   });
   double total = std::accumulate(piece_sums_.begin(), piece_sums_.end(), 0.0);
   if (params.top_p < 1.0f) {
@@ -414,7 +299,7 @@ void Sampler::keep_top_p(double top_p, double total) {
     int64_t count = 0;
     const auto least = std::bit_cast<float>(middle);
     for_pieces([&](int64_t begin, int64_t size, double&) {
-      mass += mass_of_piece(weights_.data() + begin, size, least, &count);
+      mass += math_.mass(weights_.data() + begin, size, least, &count);
     });
     if (mass >= wanted) {
       low = middle;
@@ -447,7 +332,10 @@ void Sampler::keep_top_p(double top_p, double total) {
     weights_[static_cast<size_t>(candidates_[kept].id)] = 0;
   }
   for_pieces([&](int64_t begin, int64_t size, double& sum) {
-    sum = drop_below(weights_.data() + begin, size, least);
+    float* const w = weights_.data() + begin;
+    for (int64_t i = 0; i < size; ++i) w[i] = w[i] < least ? 0.0f : w[i];
+    int64_t count = 0;
+    sum = math_.mass(w, size, 0.0f, &count);
   });
 }
 

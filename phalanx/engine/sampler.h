@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "phalanx/engine/request.h"
+#include "phalanx/engine/row_math.h"
 
 namespace phalanx::engine {
 
@@ -60,8 +61,8 @@ struct SampleResult {
 //                (seed, position)
 //
 // Ties go to the lower id everywhere. Log-probabilities are those of the raw logits' log-softmax,
-// before all of the above (vLLM's "raw_logprobs"). Sums run over pieces of 1,024 ids, each in 16
-// float lanes added as a tree, the pieces in ascending order in double.
+// before all of the above (vLLM's "raw_logprobs"). Sums run over pieces of 1,024 ids, the pieces
+// added in ascending order in double (row_math.h).
 // One thread; no allocation after construction unless top log-probabilities are asked for.
 class Sampler {
  public:
@@ -91,6 +92,7 @@ class Sampler {
   void for_pieces(Visit&& visit);
 
   int64_t vocab_size_;
+  const RowMath& math_;
   std::vector<float> adjusted_;         // [vocab_size]
   std::vector<float> weights_;          // [vocab_size], exp of the shifted logits
   std::vector<double> piece_sums_;      // of weights_
@@ -98,12 +100,5 @@ class Sampler {
   std::vector<float> group_order_;
   std::vector<Candidate> candidates_;
 };
-
-// log(sum(exp(row))) in the order told above; row has no NaN and a finite maximum.
-[[nodiscard]] double log_sum_exp(std::span<const float> row, float max);
-// Natural logarithm of a positive finite number, to about 1e-15 relative; same bits everywhere.
-[[nodiscard]] double portable_log(double x);
-// exp for x <= 0 to about 2e-7 relative, 0 below -87; same bits everywhere.
-[[nodiscard]] float portable_exp(float x);
 
 }  // namespace phalanx::engine

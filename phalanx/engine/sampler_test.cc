@@ -86,6 +86,26 @@ TEST(Numbers, LogSumExp) {
   }
 }
 
+TEST(Numbers, WiderRegistersGiveTheSameBits) {
+  const RowMath& portable = portable_row_math();
+  const RowMath& best = best_row_math();
+  if (&portable == &best) GTEST_SKIP() << "this CPU has no AVX2";
+  auto x = random_logits(1024, 8, 20.0f);
+  x[5] = -kInfinity;
+  const float max = *std::max_element(x.begin(), x.end());
+  for (const int64_t count : {1, 7, 16, 31, 1000, 1024}) {
+    std::vector<float> a(1024), b(1024);
+    EXPECT_EQ(portable.weigh(x.data(), count, max, 0.7f, 1e-9f, a.data()),
+              best.weigh(x.data(), count, max, 0.7f, 1e-9f, b.data()));
+    EXPECT_EQ(a, b);
+    int64_t found_a = 0, found_b = 0;
+    EXPECT_EQ(portable.mass(a.data(), count, 1e-6f, &found_a),
+              best.mass(b.data(), count, 1e-6f, &found_b));
+    EXPECT_EQ(found_a, found_b);
+    EXPECT_EQ(found_a, std::count_if(a.begin(), a.end(), [](float w) { return w >= 1e-6f; }));
+  }
+}
+
 TEST(Sampler, GreedyTakesTheHighestAndTheLowerIdOfTwo) {
   SamplingParams greedy{.temperature = 0};
   for (const int64_t vocab : {1, 5, 63, 64, 65, 1000, 49152}) {
