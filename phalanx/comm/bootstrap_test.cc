@@ -248,7 +248,7 @@ TEST(NodeMemoryTest, OtherMemoryIsRefused) {
     return message_of([&] { (void)form_group(options, -1, fd); }, code);
   };
   const UniqueFd three = create_node_memory(3);
-  EXPECT_TRUE(contains(refused(three.get(), Code::kFailedPrecondition), "for 2 local ranks"));
+  EXPECT_TRUE(contains(refused(three.get(), Code::kFailedPrecondition), "for 3 local ranks; expected"));
   const UniqueFd unsealed(::memfd_create("x", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   EXPECT_TRUE(contains(refused(unsealed.get(), Code::kFailedPrecondition), "seals"));
   const UniqueFd file(::open("/dev/null", O_RDWR | O_CLOEXEC));

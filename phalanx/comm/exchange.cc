@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 #include <poll.h>
-#include <sched.h>
 
 #include <array>
 #include <cstring>
@@ -15,7 +14,7 @@ namespace phalanx::comm {
 namespace {
 constexpr int kMaxRuns = 512;      // runs of a strided message handed to one system call
 constexpr int kSliceMs = 50;       // longest sleep without looking around
-constexpr int64_t kYieldAfterNs = 5'000;  // of spinning, in case ranks outnumber cores
+constexpr int kEvidenceMs = 30;    // for the reason of a loss to arrive
 }  // namespace
 
 Exchange::Exchange(std::vector<std::unique_ptr<Link>> links, std::vector<std::string> names,
@@ -132,7 +131,7 @@ void Exchange::check_header(int peer, Message& message) {
       const iovec rest{frame.data() + have, kFarewellBytes - have};
       const int64_t moved = links_[peer]->recv_some({&rest, 1});
       if (moved < 0) break;
-      if (moved == 0) ::sched_yield();
+      if (moved == 0) ::poll(nullptr, 0, 1);
       have += moved;
     }
     if (have == static_cast<int64_t>(kFarewellBytes))
@@ -198,11 +197,7 @@ void Exchange::run() {
     if (watch_->aborted()) watch_->check(-1);
     const int64_t now = now_ns();
     if (idle_since == 0) idle_since = now;
-    if (now - idle_since > spin_ns_) {
-      sleep();
-    } else if (now - idle_since > kYieldAfterNs) {
-      ::sched_yield();
-    }
+    if (now - idle_since > spin_ns_) sleep();
   }
 }
 
@@ -258,18 +253,23 @@ void Exchange::lost(int peer) {
 }
 
 void Exchange::lost_after(int peer, const Farewell& farewell, const std::string& why) {
-  watch_->check(peer);  // an abort on this node explains more
   if (!farewell.fault.text.empty()) throw FaultError(farewell.fault);
-  // Whoever failed first may have taken others along: a peer that says why is believed, and all
-  // that are gone are named.
-  std::string gone = names_[peer];
-  for (size_t other = 0; other < links_.size(); ++other) {
-    if (links_[other] == nullptr || static_cast<int>(other) == peer || ignored_[other]) continue;
-    Farewell said;
-    if (links_[other]->look(&said) != Link::Peer::kGone) continue;
-    if (!said.fault.text.empty()) throw FaultError(said.fault);
-    gone += " and " + names_[other];
-  }
+  // This peer may have been taken along by another that failed first. Whoever says why is believed;
+  // else all that are gone are named.
+  std::string gone;
+  const Deadline deadline = Deadline::in(std::chrono::milliseconds(kEvidenceMs));
+  do {
+    watch_->explain_loss();
+    gone = names_[peer];
+    for (size_t other = 0; other < links_.size(); ++other) {
+      if (links_[other] == nullptr || static_cast<int>(other) == peer) continue;
+      Farewell said;
+      const Link::Peer state = links_[other]->look(&said);
+      if (!said.fault.text.empty()) throw FaultError(said.fault);
+      if (state == Link::Peer::kGone || state == Link::Peer::kLeft) gone += " and " + names_[other];
+    }
+    ::poll(nullptr, 0, 2);
+  } while (!deadline.passed());
   throw FaultError({Code::kUnavailable, peer,
                     fmt::format("{} lost: {} (noticed by {} in {} #{})", gone, why, names_[rank_],
                                 operation_name(operation_), sequence_)});

@@ -32,6 +32,8 @@ class Watch {
   // Throws FaultError if the group was aborted, a peer is lost or the operation's cap has passed.
   // `awaited` is the rank waited for (one of them), -1 if none.
   virtual void check(int awaited) = 0;
+  // Throws FaultError if something on this node explains why a peer elsewhere is gone.
+  virtual void explain_loss() = 0;
 };
 
 }  // namespace phalanx::comm

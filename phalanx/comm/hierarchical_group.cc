@@ -13,6 +13,7 @@
 #include "phalanx/base/log.h"
 #include "phalanx/comm/algorithms.h"
 #include "phalanx/comm/sum.h"
+#include "phalanx/comm/tcp/address.h"
 #include "phalanx/comm/tcp/connect.h"
 
 namespace phalanx::comm {
@@ -21,11 +22,21 @@ namespace {
 
 constexpr int kSliceMs = 50;
 constexpr std::chrono::seconds kReportEvery{5};
+constexpr int kCrowdedSpinUs = 5;  // where ranks outnumber cores, spinning takes the peer's core
 // All vectors of an all_reduce together: below, every rank gets them all and adds; above, each rank
 // adds its share.
 constexpr int64_t kOneShotBytes = 512 << 10;
 constexpr int kRingNodes = 4;
 constexpr int64_t kRingBytes = 256 << 10;  // of the largest block
+
+// Ranks of the group on this machine, itself included, as far as addresses tell.
+int neighbours(const GroupOptions& options, const Topology& topology) {
+  int count = 0;
+  for (const Member& member : options.members)
+    count += member.node == options.members[topology.rank].node ||
+             is_own_address(member.data_address);
+  return count;
+}
 
 }  // namespace
 
@@ -41,17 +52,19 @@ HierarchicalGroup::HierarchicalGroup(const GroupOptions& options, int listener, 
   if (even_)
     for (const auto& ranks : nodes) column_.push_back(ranks[topology_.local]);
   streams_.resize(topology_.own_node().size());
+  if (neighbours(options, topology_) > ::sysconf(_SC_NPROCESSORS_ONLN))
+    options_.spin_us = std::min(options_.spin_us, kCrowdedSpinUs);
   try {
     if (topology_.own_node().size() > 1) join_node(node_memory);
     Watch* const watch = this;
     auto links = connect_links(options_, topology_, listener, deadline, watch);
     exchange_ = std::make_unique<Exchange>(std::move(links), topology_.names, topology_.rank,
-                                           options.generation, options.spin_us, watch);
+                                           options.generation, options_.spin_us, watch);
     if (memory_ != nullptr) {
       await_siblings(deadline);
       std::vector<std::string> names;
       for (const int rank : topology_.own_node()) names.push_back(topology_.names[rank]);
-      slots_ = std::make_unique<NodeSlots>(memory_.get(), topology_.local, options.spin_us,
+      slots_ = std::make_unique<NodeSlots>(memory_.get(), topology_.local, options_.spin_us,
                                            std::move(names), topology_.own_node(), watch);
     }
     cap_seconds_ = std::chrono::duration<double>(deadline.when() - Clock::now()).count();
@@ -68,13 +81,14 @@ HierarchicalGroup::HierarchicalGroup(const GroupOptions& options, int listener, 
 }
 
 HierarchicalGroup::~HierarchicalGroup() {
-  if (exchange_ != nullptr)
-    exchange_->farewell(encode_farewell(topology_.rank, options_.generation, nullptr));
+  // Siblings first: if another node fails because of this, they know better.
   if (memory_ != nullptr) {
     memory_->info(topology_.local)
         .state.store(static_cast<uint32_t>(RankState::kLeft), std::memory_order_release);
     futex_wake_all(&memory_->line(topology_.local).word);
   }
+  if (exchange_ != nullptr)
+    exchange_->farewell(encode_farewell(topology_.rank, options_.generation, nullptr));
 }
 
 void HierarchicalGroup::join_node(int node_memory) {
@@ -387,24 +401,27 @@ bool HierarchicalGroup::aborted() const {
   return dead_.load(std::memory_order_acquire) || (memory_ != nullptr && memory_->aborted());
 }
 
+bool HierarchicalGroup::ended(const Sibling& sibling) const {
+  pollfd entry{sibling.process.get(), POLLIN, 0};
+  return ::poll(&entry, 1, 0) > 0 &&
+         memory_->info(sibling.local).state.load(std::memory_order_acquire) !=
+             static_cast<uint32_t>(RankState::kLeft);
+}
+
 void HierarchicalGroup::check(int awaited) {
   if (dead_.load(std::memory_order_acquire)) {
     const std::lock_guard lock(mutex_);
     throw FaultError(*fault_);
   }
   if (memory_ != nullptr) {
+    const auto victim = std::find_if(siblings_.begin(), siblings_.end(),
+                                     [&](const Sibling& one) { return ended(one); });
     // A sibling that failed says so before its process ends.
-    const auto ended = std::find_if(siblings_.begin(), siblings_.end(), [&](const Sibling& one) {
-      pollfd entry{one.process.get(), POLLIN, 0};
-      return ::poll(&entry, 1, 0) > 0 &&
-             memory_->info(one.local).state.load(std::memory_order_acquire) !=
-                 static_cast<uint32_t>(RankState::kLeft);
-    });
     if (const auto fault = memory_->fault()) throw FaultError(*fault);
-    if (ended != siblings_.end())
-      throw FaultError({Code::kUnavailable, ended->rank,
+    if (victim != siblings_.end())
+      throw FaultError({Code::kUnavailable, victim->rank,
                         fmt::format("{} lost: its process {} ended (noticed by {} in {} #{})",
-                                    topology_.names[ended->rank], memory_->info(ended->local).pid,
+                                    topology_.names[victim->rank], memory_->info(victim->local).pid,
                                     topology_.names[topology_.rank], operation_name(operation_),
                                     sequence_)});
   }
@@ -416,6 +433,18 @@ void HierarchicalGroup::check(int awaited) {
                                   awaited >= 0 ? topology_.names[awaited] : "a peer",
                                   operation_name(operation_), sequence_, cap_seconds_,
                                   topology_.names[topology_.rank])});
+}
+
+void HierarchicalGroup::explain_loss() {
+  check(-1);
+  if (memory_ == nullptr) return;
+  for (const int rank : topology_.own_node())
+    if (memory_->info(topology_.local_of[rank]).state.load(std::memory_order_acquire) ==
+        static_cast<uint32_t>(RankState::kLeft))
+      throw FaultError({Code::kUnavailable, rank,
+                        fmt::format("{} lost: it left the group (noticed by {} in {} #{})",
+                                    topology_.names[rank], topology_.names[topology_.rank],
+                                    operation_name(operation_), sequence_)});
 }
 
 void HierarchicalGroup::end(const Fault& fault) noexcept {

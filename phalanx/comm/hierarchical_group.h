@@ -38,14 +38,22 @@ class HierarchicalGroup final : public Group, private Watch {
   [[nodiscard]] GroupStats stats() const override;
 
  private:
+  struct Sibling {
+    int rank;
+    int local;
+    UniqueFd process;
+  };
+
   // Watch.
   [[nodiscard]] bool aborted() const override;
   void check(int awaited) override;
+  void explain_loss() override;
 
   template <typename Body>
   void run(Operation operation, Body body);
   void end(const Fault& fault) noexcept;  // this group is dead, and everybody is told
   [[nodiscard]] uint64_t waited_ns() const;
+  [[nodiscard]] bool ended(const Sibling& sibling) const;
 
   void join_node(int node_memory);
   void await_siblings(Deadline deadline);
@@ -61,11 +69,6 @@ class HierarchicalGroup final : public Group, private Watch {
   std::unique_ptr<NodeMemory> memory_;  // null when alone on the node
   std::unique_ptr<NodeSlots> slots_;
   std::unique_ptr<Exchange> exchange_;
-  struct Sibling {
-    int rank;
-    int local;
-    UniqueFd process;
-  };
   std::vector<Sibling> siblings_;  // in other processes of the node
 
   std::atomic<bool> dead_{false};

@@ -12,6 +12,7 @@
 
 #include "phalanx/base/error.h"
 #include "phalanx/comm/bootstrap.h"
+#include "phalanx/comm/shm/node_memory.h"
 
 namespace phalanx::comm {
 
@@ -19,15 +20,17 @@ namespace phalanx::comm {
 class TestRanks {
  public:
   // node_of[r]: the node of rank r.
-  explicit TestRanks(std::vector<int> node_of, uint64_t generation = 7) : node_of_(node_of) {
+  // Small slots, so that messages of some size go in pieces.
+  explicit TestRanks(std::vector<int> node_of, int64_t slot_bytes = 256 << 10)
+      : node_of_(node_of) {
     int nodes = 0;
     for (const int node : node_of) nodes = std::max(nodes, node + 1);
     memories_.resize(nodes);
     for (int node = 0; node < nodes; ++node) {
       const auto count = std::count(node_of.begin(), node_of.end(), node);
-      if (count > 1) memories_[node] = create_node_memory(static_cast<int>(count));
+      if (count > 1) memories_[node] = NodeMemory::create(static_cast<int>(count), slot_bytes);
     }
-    options_.generation = generation;
+    options_.generation = 7;
     options_.connect_seconds = 20;
     options_.operation_seconds = 20;
     for (size_t i = 0; i < options_.token.size(); ++i)

@@ -21,8 +21,6 @@ namespace phalanx::comm {
 
 namespace {
 
-// Two slots of a rank fit a private L2 cache.
-constexpr int64_t kSlotBytes = 256 << 10;
 constexpr int64_t kPage = 4096;
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 
@@ -32,6 +30,9 @@ int64_t pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 int64_t lines_offset() { return pages(sizeof(NodeHeader)); }
 int64_t infos_offset(int ranks) { return lines_offset() + pages(ranks * sizeof(RankLine)); }
 int64_t slots_offset(int ranks) { return infos_offset(ranks) + pages(ranks * sizeof(RankInfo)); }
+int64_t bytes_for(int ranks, int64_t slot_bytes) {
+  return slots_offset(ranks) + int64_t{2} * ranks * slot_bytes;
+}
 
 }  // namespace
 
@@ -44,16 +45,16 @@ void futex_wake_all(std::atomic<uint32_t>* word) {
   ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
-int64_t NodeMemory::bytes_for(int local_ranks) {
-  return slots_offset(local_ranks) + int64_t{2} * local_ranks * kSlotBytes;
+UniqueFd create_node_memory(int local_ranks) {
+  return NodeMemory::create(local_ranks, NodeMemory::kSlotBytes);
 }
 
-UniqueFd create_node_memory(int local_ranks) {
+UniqueFd NodeMemory::create(int local_ranks, int64_t slot_bytes) {
   if (local_ranks < 1 || local_ranks > kMaxLocalRanks)
     throw Error(Code::kInvalidArgument,
                 fmt::format("shared memory of a node: found {} local ranks, expected 1 to {}",
                             local_ranks, kMaxLocalRanks));
-  const int64_t bytes = NodeMemory::bytes_for(local_ranks);
+  const int64_t bytes = bytes_for(local_ranks, slot_bytes);
   UniqueFd fd(::memfd_create("phalanx-node", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd.valid() || ::ftruncate(fd.get(), bytes) != 0)
     throw Error(Code::kResourceExhausted,
@@ -64,7 +65,7 @@ UniqueFd create_node_memory(int local_ranks) {
   header.magic = kNodeMagic;
   header.version = kWireVersion;
   header.local_ranks = static_cast<uint32_t>(local_ranks);
-  header.slot_bytes = kSlotBytes;
+  header.slot_bytes = static_cast<uint64_t>(slot_bytes);
   header.total_bytes = static_cast<uint64_t>(bytes);
   if (::pwrite(fd.get(), &header, sizeof header, 0) != sizeof header ||
       ::fcntl(fd.get(), F_ADD_SEALS, kSeals) != 0)
@@ -76,39 +77,35 @@ UniqueFd create_node_memory(int local_ranks) {
 
 NodeMemory::NodeMemory(int fd, int local_ranks) : local_ranks_(local_ranks) {
   struct stat status {};
-  const int64_t expected = bytes_for(local_ranks);
   const int seals = ::fcntl(fd, F_GET_SEALS);
   if (seals < 0 || ::fstat(fd, &status) != 0)
     throw Error(Code::kFailedPrecondition,
                 fmt::format("shared memory of the node: descriptor {} is not a memfd: {} (errno "
                             "{}). Fix: pass the descriptor of create_node_memory()",
                             fd, std::strerror(errno), errno));
-  if ((seals & kSeals) != kSeals || status.st_size != expected)
+  NodeHeader header{};
+  const bool read = ::pread(fd, &header, sizeof header, 0) == sizeof header;
+  const auto slot_bytes = static_cast<int64_t>(header.slot_bytes);
+  if ((seals & kSeals) != kSeals || !read || header.magic != kNodeMagic ||
+      header.version != kWireVersion || header.local_ranks != static_cast<uint32_t>(local_ranks) ||
+      slot_bytes < kPage || slot_bytes > (int64_t{1} << 30) || slot_bytes % kPage != 0 ||
+      status.st_size != bytes_for(local_ranks, slot_bytes))
     throw Error(Code::kFailedPrecondition,
-                fmt::format("shared memory of the node: found {} bytes with seals {:#x}, expected "
-                            "{} bytes with seals {:#x} for {} local ranks. Fix: create it with "
-                            "the number of ranks of this node",
-                            status.st_size, seals, expected, kSeals, local_ranks));
-  void* map = ::mmap(nullptr, expected, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+                fmt::format("shared memory of the node: found {} bytes with seals {:#x}, version {} "
+                            "for {} local ranks; expected seals {:#x}, version {} for {} local "
+                            "ranks. Fix: create it with the number of ranks of this node, by the "
+                            "same build",
+                            status.st_size, seals, header.version, header.local_ranks, kSeals,
+                            kWireVersion, local_ranks));
+  void* map = ::mmap(nullptr, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (map == MAP_FAILED)
     throw Error(Code::kResourceExhausted,
                 fmt::format("cannot map {} bytes of the node's shared memory: {} (errno {})",
-                            expected, std::strerror(errno), errno));
+                            status.st_size, std::strerror(errno), errno));
   base_ = static_cast<std::byte*>(map);
-  total_bytes_ = expected;
+  total_bytes_ = status.st_size;
   header_ = reinterpret_cast<NodeHeader*>(base_);
-  if (header_->magic != kNodeMagic || header_->version != kWireVersion ||
-      header_->local_ranks != static_cast<uint32_t>(local_ranks) ||
-      header_->slot_bytes != static_cast<uint64_t>(kSlotBytes)) {
-    const auto version = header_->version;
-    const auto ranks = header_->local_ranks;
-    ::munmap(base_, total_bytes_);
-    throw Error(Code::kFailedPrecondition,
-                fmt::format("shared memory of the node: found version {} for {} local ranks, "
-                            "expected version {} for {}. Fix: run the same build on all ranks",
-                            version, ranks, kWireVersion, local_ranks));
-  }
-  slot_bytes_ = kSlotBytes;
+  slot_bytes_ = slot_bytes;
   lines_ = reinterpret_cast<RankLine*>(base_ + lines_offset());
   infos_ = reinterpret_cast<RankInfo*>(base_ + infos_offset(local_ranks));
   slots_ = base_ + slots_offset(local_ranks);

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "phalanx/base/unique_fd.h"
 #include "phalanx/comm/fault.h"
 
 namespace phalanx::comm {
@@ -71,7 +72,11 @@ class NodeMemory {
   }
   [[nodiscard]] std::optional<Fault> fault() const;
 
-  static int64_t bytes_for(int local_ranks);
+  // 4 MiB: most messages fit, so that they cost one meeting, and pages that no message has needed
+  // take no memory. With pieces that stay in a private cache, large messages were 1.4 times slower
+  // between cores of different caches and 1.4 times faster between cores that share one.
+  static constexpr int64_t kSlotBytes = 4 << 20;
+  static UniqueFd create(int local_ranks, int64_t slot_bytes);
 
  private:
   std::byte* base_ = nullptr;

@@ -1,7 +1,6 @@
 #include "phalanx/comm/shm/node_slots.h"
 
 #include <fmt/format.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <cstring>
@@ -14,7 +13,6 @@ namespace phalanx::comm {
 namespace {
 
 constexpr int kSliceMs = 50;              // longest sleep without looking around
-constexpr int64_t kYieldAfterNs = 5'000;  // of spinning, in case ranks outnumber cores
 constexpr int64_t kTwoShotBytes = 128 << 10;  // from here, with 3 ranks or more
 
 inline void pause() {
@@ -71,7 +69,6 @@ void NodeSlots::wait(int peer, uint32_t rounds) {
 void NodeSlots::wait_slowly(int peer, uint32_t rounds) {
   std::atomic<uint32_t>& word = memory_->line(peer).word;
   const int64_t start = now_ns();
-  int64_t now = start;
   for (;;) {
     for (int i = 0; i < 16; ++i) {
       const uint32_t seen = word.load(std::memory_order_acquire);
@@ -83,12 +80,8 @@ void NodeSlots::wait_slowly(int peer, uint32_t rounds) {
       pause();
     }
     if (watch_->aborted()) watch_->check(ranks_[peer]);
-    now = now_ns();
-    if (now - start < kYieldAfterNs) continue;
-    if (now - start < spin_ns_) {
-      ::sched_yield();
-      continue;
-    }
+    const int64_t now = now_ns();
+    if (now - start < spin_ns_) continue;
     watch_->check(ranks_[peer]);
     const bool left = memory_->info(peer).state.load(std::memory_order_acquire) ==
                       static_cast<uint32_t>(RankState::kLeft);

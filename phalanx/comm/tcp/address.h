@@ -17,4 +17,7 @@ struct SocketAddress {
 // A numeric IPv4 or IPv6 address. Throws Error(kInvalidArgument).
 [[nodiscard]] SocketAddress parse_address(const std::string& address, uint16_t port);
 
+// Whether this machine (in this network namespace) has the address. False for anything else.
+[[nodiscard]] bool is_own_address(const std::string& address);
+
 }  // namespace phalanx::comm

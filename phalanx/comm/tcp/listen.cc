@@ -54,6 +54,13 @@ SocketAddress parse_address(const std::string& address, uint16_t port) {
   return out;
 }
 
+bool is_own_address(const std::string& address) {
+  if (address.empty()) return false;
+  SocketAddress own = parse_address(address, 0);
+  const UniqueFd fd(::socket(own.storage.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+  return fd.valid() && ::bind(fd.get(), own.get(), own.size) == 0;
+}
+
 UniqueFd listen_on(const std::string& address, uint16_t port_begin, uint16_t port_end,
                    uint16_t* port) {
   const int first = port_end > 0 ? port_begin : 0;
