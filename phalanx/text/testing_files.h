@@ -7,7 +7,7 @@
 namespace phalanx::text {
 
 inline std::string testdata(const std::string& name) {
-  return (std::filesystem::path(__FILE__).parent_path() / "testdata" / name).string();
+  return std::string(PHALANX_TESTDATA) + "/" + name;
 }
 
 // The imported demo model, or "" where it has not been fetched.
