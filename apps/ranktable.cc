@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstdio>
@@ -192,8 +193,9 @@ int ranktable_main(int argc, char** argv) {
   std::string output;
   int devices = 1;
   CLI::App* make = app.add_subcommand("make", "Write a rank table for the given hosts");
-  make->add_option("--hosts", hosts, "Names or addresses, comma-separated; host:devices for several "
-                                     "ranks on one host; the first is the master")
+  make->add_option("--hosts", hosts,
+                   "Names or addresses, comma-separated; host:devices for several ranks on one "
+                   "host; the first is the master")
       ->delimiter(',')
       ->required();
   make->add_option("--devices", devices, "Ranks per host where the host names no number")

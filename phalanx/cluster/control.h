@@ -67,9 +67,11 @@ struct LoadResult {
   int64_t bytes_read = 0;
 };
 
-// What the control plane asks of the node process. Called on one control thread, one call at a
-// time, except reports() and abort(), which may come from another thread at any time. A throw ends
-// the start (or the instance) with that error on every node.
+// What the control plane asks of the node process. prepare() to serve() are called by the thread
+// that called Coordinator::start() or Participant::run(), one at a time, in that order, each at
+// most once; a throw ends the start with that error on every node. reports() comes from other
+// threads at any time and must return promptly (heartbeats wait for it). abort() comes from a
+// thread of its own. No lock is held during any call.
 class NodeActions {
  public:
   virtual ~NodeActions() = default;
@@ -77,10 +79,14 @@ class NodeActions {
   virtual void connect(const std::vector<comm::Member>& members) = 0;
   virtual LoadResult load() = 0;
   virtual void allocate(int64_t kv_blocks) = 0;
-  // The whole instance is ready: print the success line, open HTTP (master).
+  // The whole instance is ready: print the success line, open HTTP (master). The master's is called
+  // first, the others' when it has returned.
   virtual void serve() = 0;
   [[nodiscard]] virtual std::vector<RankReport> reports() = 0;
-  // The instance failed elsewhere: wake everything that waits on the data plane.
+  // The instance failed, here or elsewhere, or is stopped while one of the calls above runs: wake
+  // everything that waits on the data plane; a running call must then end soon. At most once, never
+  // before prepare(), never for an orderly stop while serving. Comes before run() throws and before
+  // on_loss() is told.
   virtual void abort(const std::string& reason) noexcept = 0;
 };
 
@@ -114,14 +120,19 @@ class Coordinator {
   Coordinator(const ControlOptions& options, NodeActions& local);
   ~Coordinator();
   // Waits for all nodes, then runs the phases on all of them. Returns when every node has
-  // confirmed serve(). Throws Error naming node and phase. Cancelled by stop().
+  // confirmed serve(). Throws Error naming node and phase, after telling every node; kCancelled
+  // after stop().
   void start();
-  // Called once, from a control thread, when the instance is lost after start() returned: a node's
-  // stream ended, its heartbeats stopped, or it reported a dead rank.
+  // Called once, from a thread of its own, when the instance is lost after start() returned: a
+  // node's stream ended, its heartbeats stopped, or a rank died. All nodes have been told to abort
+  // by then and wait for fail() or stop(), which the callback may call; it must not destroy this
+  // object. A loss that may be an echo (kUnavailable, kAborted, ...) is told after 0.3 s, in which
+  // a more telling one replaces it. Kept if the callback is set later than the loss.
   void on_loss(std::function<void(const std::string& node, const Error& error)> callback);
   // Reports a fault of the master's own node (a dead rank): as if a node had reported it.
   void report_local_fault(const Error& error);
-  // Tells every node to drain or to stop, waits for their goodbye until the deadline.
+  // Tells every node to stop, waits for their goodbye until the deadline. From any thread, also
+  // during start(). After it, or fail(), losses are no longer told.
   void stop(const std::string& reason, Deadline deadline);
   // Tells every node that the instance failed (they exit non-zero).
   void fail(const Error& error, Deadline deadline);
@@ -138,12 +149,14 @@ class Participant {
   Participant(const ControlOptions& options, NodeActions& local);
   ~Participant();
   // Joins (retrying while the master is unreachable, printing why, bounded by join_seconds),
-  // follows the phases, then stays until the master says stop. Returns after an orderly stop;
-  // throws Error when refused, when the instance failed, or when the master was lost.
+  // follows the phases, then stays until the master says stop. Returns after an orderly stop or
+  // leave(); throws Error when refused, when the instance failed (the same text on every node), or
+  // when the master was lost. A master lost before prepare() is waited for again. Once.
   void run();
   // From any thread (signal handling): leave in an orderly way.
   void leave(const std::string& reason);
-  // A rank of this node died: tell the master, then run() throws.
+  // A rank of this node died: tell the master, then run() throws its verdict (this error if none
+  // comes within 5 s).
   void report_local_fault(const Error& error);
 
  private:

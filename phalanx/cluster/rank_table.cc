@@ -94,7 +94,7 @@ class Reader {
                         : "only this layout is known");
   }
 
-  // The string under `key`; nothing (and a problem) if it is missing though `required`, or no string.
+  // The string under `key`; nothing, and a problem, if it is no string or missing though required.
   std::optional<std::string> string_of(const json& object, const std::string& place,
                                        const std::string& key, bool required,
                                        const std::string& example) {

@@ -130,7 +130,8 @@ INSTANTIATE_TEST_SUITE_P(
     All, BadRankTable,
     ::testing::Values(
         BadCase{R"("server_count":"2")", R"("server_count":"3")",
-                "t.json: server_count: differs from the length of server_list, found 3, expected 2"},
+                "t.json: server_count: differs from the length of server_list, found 3, "
+                "expected 2"},
         BadCase{R"("server_count":"2",)", "", "server_count: key missing"},
         BadCase{R"("server_count":"2")", R"("server_count":"2x")",
                 "server_count: not an integer, found \"2x\""},

@@ -1,0 +1,333 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <random>
+
+#include "control.pb.h"
+#include "phalanx/base/log.h"
+#include "phalanx/cluster/coordinator_state.h"
+#include "phalanx/cluster/join_check.h"
+
+namespace phalanx::cluster {
+
+using control::v1::FromMaster;
+
+namespace {
+
+Generation make_generation(std::string numeric_class) {
+  std::random_device random;
+  Generation generation;
+  generation.incarnation = (static_cast<uint64_t>(random()) << 32) | random();
+  generation.number = 1;
+  generation.numeric_class = std::move(numeric_class);
+  for (std::byte& byte : generation.token) byte = static_cast<std::byte>(random() & 0xff);
+  return generation;
+}
+
+FromMaster failure_message(Code code, const std::string& text) {
+  FromMaster message;
+  message.mutable_fail()->set_code(static_cast<int>(code));
+  message.mutable_fail()->set_message(text);
+  return message;
+}
+
+}  // namespace
+
+void Coordinator::State::start() {
+  std::unique_lock lock(mutex);
+  wait_for_all(lock);
+  std::vector<std::string> names;
+  std::vector<NodeOffer> offers;
+  const auto add = [&](const Node& node) {
+    names.push_back(node.name);
+    offers.push_back(node.offer);
+  };
+  const Node& master = nodes[static_cast<size_t>(options.own_server)];
+  add(master);
+  for (const Node& node : nodes) {
+    if (&node != &master) add(node);
+  }
+  Generation generation;
+  try {
+    generation = make_generation(common_numeric_class(names, offers));
+  } catch (const Error& e) {
+    fault(options.own_server, e.code(), e.what(), false);
+    throw_if_over(lock);
+  }
+  stage = Stage::kPhases;
+
+  FromMaster prepare;
+  prepare.mutable_prepare()->set_incarnation(generation.incarnation);
+  prepare.mutable_prepare()->set_number(generation.number);
+  prepare.mutable_prepare()->set_numeric_class(generation.numeric_class);
+  prepare.mutable_prepare()->set_token(generation.token.data(), generation.token.size());
+  std::vector<RankEndpoint> endpoints;
+  run_phase(lock, {.name = "prepare", .state = NodeState::kPreparing}, prepare,
+            [&] { endpoints = local.prepare(generation); });
+  nodes[static_cast<size_t>(options.own_server)].endpoints = endpoints;
+
+  std::vector<comm::Member> all;
+  try {
+    all = members();
+  } catch (const Error& e) {
+    fault(options.own_server, e.code(), e.what(), false);
+    throw_if_over(lock);
+  }
+  FromMaster connect;
+  connect.mutable_connect();
+  for (const comm::Member& member : all) {
+    auto* m = connect.mutable_connect()->add_members();
+    m->set_rank(member.rank);
+    m->set_node(member.node);
+    m->set_host(member.host);
+    m->set_data_address(member.data_address);
+    m->set_data_port(member.data_port);
+  }
+  run_phase(lock, {.name = "connect", .state = NodeState::kConnecting}, connect,
+            [&] { local.connect(all); });
+
+  FromMaster load;
+  load.mutable_load();
+  LoadResult own_load;
+  run_phase(lock, {.name = "load", .state = NodeState::kLoading}, load,
+            [&] { own_load = local.load(); });
+  nodes[static_cast<size_t>(options.own_server)].load = own_load;
+
+  const auto smallest =
+      std::min_element(nodes.begin(), nodes.end(), [](const Node& a, const Node& b) {
+        return a.load.kv_blocks < b.load.kv_blocks;
+      });
+  const int64_t blocks = smallest->load.kv_blocks;
+  if (blocks < 1) {
+    fault(static_cast<int>(smallest - nodes.begin()), Code::kResourceExhausted,
+          fmt::format("{} has memory for {} KV blocks, expected at least 1", smallest->name,
+                      blocks),
+          false);
+    throw_if_over(lock);
+  }
+  FromMaster allocate;
+  allocate.mutable_allocate()->set_kv_blocks(blocks);
+  run_phase(lock, {.name = "allocate", .state = NodeState::kAllocating}, allocate,
+            [&] { local.allocate(blocks); });
+  for (Node& node : nodes) node.state = NodeState::kReady;
+
+  FromMaster serve;
+  serve.mutable_serve();
+  run_phase(lock, {.name = "serve", .state = NodeState::kServing, .local_first = true}, serve,
+            [&] { local.serve(); });
+  stage = Stage::kServing;
+}
+
+void Coordinator::State::wait_for_all(std::unique_lock<std::mutex>& lock) {
+  waiting = true;
+  next_notice = Deadline::in_seconds(std::min(1.0, options.notice_seconds)).when();
+  const auto all_here = [&] {
+    return std::all_of(nodes.begin(), nodes.end(),
+                       [](const Node& node) { return node.state != NodeState::kAbsent; });
+  };
+  const Deadline deadline =
+      Deadline::in_seconds(options.join_seconds > 0 ? options.join_seconds : 1e8);
+  const auto ready = [&] { return all_here() || stage != Stage::kJoining || failure; };
+  const bool in_time = cv.wait_until(lock, deadline.when(), ready);
+  waiting = false;
+  if (!in_time) {
+    fault(options.own_server, Code::kDeadlineExceeded,
+          fmt::format("not all nodes joined within {:.0f} s: {}", options.join_seconds, notice()),
+          false);
+  }
+  throw_if_over(lock);
+}
+
+void Coordinator::State::run_phase(std::unique_lock<std::mutex>& lock, const Phase& what,
+                                   const FromMaster& message,
+                                   const std::function<void()>& action) {
+  throw_if_over(lock);
+  phase = what.name;
+  phase_since = Clock::now();
+  phase_deadline = Deadline::in_seconds(options.phase_seconds).when();
+  next_notice = Deadline::in_seconds(options.notice_seconds).when();
+  for (Node& node : nodes) {
+    node.done = false;
+    if (!what.local_first) node.state = what.state;
+  }
+  if (!what.local_first) send_all(message);
+  lock.unlock();
+  std::optional<Error> error;
+  try {
+    action();
+  } catch (const Error& e) {
+    error = e;
+  } catch (const std::exception& e) {
+    error = Error(Code::kInternal, e.what());
+  }
+  lock.lock();
+  if (error) {
+    fault(options.own_server, error->code(),
+          fmt::format("{} failed in phase {}: {}", name_of(options.own_server), phase,
+                      error->what()),
+          true);
+  } else {
+    phase_done(options.own_server, phase);
+    if (what.local_first && !failure && stage == Stage::kPhases) {
+      nodes[static_cast<size_t>(options.own_server)].state = what.state;
+      send_all(message);
+    }
+  }
+  cv.wait(lock, [&] {  // ends by the phase deadline, which the ticker keeps
+    return failure || stage != Stage::kPhases ||
+           std::all_of(nodes.begin(), nodes.end(), [](const Node& node) { return node.done; });
+  });
+  phase_deadline.reset();
+  throw_if_over(lock);
+  phase.clear();
+  if (what.local_first) {
+    for (Node& node : nodes) node.state = what.state;
+  }
+}
+
+void Coordinator::State::throw_if_over(std::unique_lock<std::mutex>& lock) {
+  if (failure && stage != Stage::kEnding && stage != Stage::kClosed) {
+    const Clock::time_point settles = failure->settles;
+    cv.wait_until(lock, settles, [&] { return stage == Stage::kEnding; });
+    const Code code = failure->code;
+    const std::string text = failure->full_text();
+    end(lock, failure_message(code, text), Deadline::in_seconds(2));
+    throw Error(code, text);
+  }
+  if (stage == Stage::kEnding || stage == Stage::kClosed) {
+    throw Error(Code::kCancelled,
+                fmt::format("the start was stopped{}{}: {}", phase.empty() ? "" : " in phase ",
+                            phase, stop_reason));
+  }
+}
+
+std::string Coordinator::State::Failure::full_text() const {
+  std::string result = text;
+  for (const std::string& other : also) result += "; also reported: " + other;
+  return result;
+}
+
+std::vector<comm::Member> Coordinator::State::members() const {
+  std::vector<comm::Member> all(static_cast<size_t>(options.table.world_size));
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    const Node& node = nodes[i];
+    const auto& devices = options.table.servers[i].devices;
+    std::vector<bool> seen(all.size());
+    for (const RankEndpoint& endpoint : node.endpoints) {
+      const bool own = std::any_of(devices.begin(), devices.end(), [&](const Device& device) {
+        return device.rank_id == endpoint.rank;
+      });
+      if (!own || seen[static_cast<size_t>(endpoint.rank)])
+        throw Error(Code::kInternal, fmt::format("{} gave an endpoint for rank {}, which is not "
+                                                 "one of its ranks or was given twice",
+                                                 node.name, endpoint.rank));
+      seen[static_cast<size_t>(endpoint.rank)] = true;
+      all[static_cast<size_t>(endpoint.rank)] = {.rank = endpoint.rank,
+                                                 .node = static_cast<int>(i),
+                                                 .host = node.name,
+                                                 .data_address = endpoint.address,
+                                                 .data_port = endpoint.port};
+    }
+    if (node.endpoints.size() != devices.size())
+      throw Error(Code::kInternal, fmt::format("{} gave {} endpoints for its {} ranks", node.name,
+                                               node.endpoints.size(), devices.size()));
+  }
+  return all;
+}
+
+void Coordinator::State::end(std::unique_lock<std::mutex>& lock, const FromMaster& message,
+                             Deadline deadline) {
+  if (stage == Stage::kClosed) return;
+  if (stage == Stage::kPhases && !failure && !abort_reason)
+    abort_reason = "the start is being stopped: " + stop_reason;
+  stage = Stage::kEnding;
+  send_all(message);
+  for (Node& node : nodes) {
+    if (node.stream != 0) node.state = NodeState::kDraining;
+  }
+  cv.notify_all();
+  cv.wait_until(lock, deadline.when(), [&] {
+    return std::all_of(nodes.begin(), nodes.end(),
+                       [](const Node& node) { return node.stream == 0; });
+  });
+  for (const Node& node : nodes) {
+    if (node.stream == 0) continue;
+    log_warn("{} did not say goodbye in time", node.name);
+    server->cancel(node.stream);
+  }
+}
+
+Coordinator::Coordinator(const ControlOptions& options, NodeActions& local)
+    : state_(std::make_unique<State>(options, local)) {}
+
+Coordinator::~Coordinator() = default;
+
+void Coordinator::start() { state_->start(); }
+
+void Coordinator::on_loss(std::function<void(const std::string&, const Error&)> callback) {
+  const std::lock_guard lock(state_->mutex);
+  state_->callback = std::move(callback);
+  state_->cv.notify_all();
+}
+
+void Coordinator::report_local_fault(const Error& error) {
+  const std::lock_guard lock(state_->mutex);
+  state_->fault(state_->options.own_server, error.code(),
+                fmt::format("{}: {}", state_->name_of(state_->options.own_server), error.what()),
+                true);
+}
+
+void Coordinator::stop(const std::string& reason, Deadline deadline) {
+  std::unique_lock lock(state_->mutex);
+  state_->stop_reason = reason;
+  FromMaster message;
+  message.mutable_stop()->set_reason(reason);
+  state_->end(lock, message, deadline);
+}
+
+void Coordinator::fail(const Error& error, Deadline deadline) {
+  std::unique_lock lock(state_->mutex);
+  state_->stop_reason = error.what();
+  state_->end(lock, failure_message(error.code(), error.what()), deadline);
+}
+
+std::vector<NodeView> Coordinator::nodes() const {
+  std::vector<RankReport> own = state_->local.reports();
+  const std::lock_guard lock(state_->mutex);
+  const auto now = Clock::now();
+  std::vector<NodeView> views;
+  for (size_t i = 0; i < state_->nodes.size(); ++i) {
+    const State::Node& node = state_->nodes[i];
+    const bool is_own = static_cast<int>(i) == state_->options.own_server;
+    const bool ever = node.contact != Clock::time_point();
+    views.push_back(
+        {.server = static_cast<int>(i),
+         .address = node.name,
+         .state = node.state,
+         .last_contact_seconds =
+             is_own ? 0 : ever ? std::chrono::duration<double>(now - node.contact).count() : -1,
+         .last_reason = node.reason,
+         .offer = node.offer,
+         .ranks = is_own ? std::move(own) : node.ranks});
+  }
+  return views;
+}
+
+std::string_view node_state_name(NodeState state) {
+  switch (state) {
+    case NodeState::kAbsent: return "absent";
+    case NodeState::kJoined: return "joined";
+    case NodeState::kPreparing: return "preparing";
+    case NodeState::kConnecting: return "connecting";
+    case NodeState::kLoading: return "loading";
+    case NodeState::kAllocating: return "allocating";
+    case NodeState::kReady: return "ready";
+    case NodeState::kServing: return "serving";
+    case NodeState::kDraining: return "draining";
+    case NodeState::kStopped: return "stopped";
+    case NodeState::kLost: return "lost";
+  }
+  return "unknown";
+}
+
+}  // namespace phalanx::cluster

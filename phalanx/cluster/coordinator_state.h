@@ -1,0 +1,120 @@
+#pragma once
+
+// The inside of a Coordinator. One mutex guards everything; it is never held while a NodeActions
+// method or the loss callback runs. Threads: the callers of start() and stop(); gRPC's, which only
+// record what arrived; a ticker (heartbeats, lost nodes, deadlines, notices); a watcher (abort()
+// and the loss callback).
+
+#include <condition_variable>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "phalanx/cluster/control.h"
+#include "phalanx/cluster/control_server.h"
+
+namespace phalanx::cluster {
+
+struct Coordinator::State final : ControlServer::Handler {
+  enum class Stage { kJoining, kPhases, kServing, kEnding, kClosed };
+  struct Node {
+    std::string name;            // its address
+    NodeState state = NodeState::kAbsent;
+    StreamId stream = 0;         // 0: none
+    bool done = false;           // with the current phase
+    Clock::time_point since;     // of the present state of being there or missing
+    Clock::time_point contact;
+    std::string reason;          // last refusal or loss
+    NodeOffer offer;
+    std::vector<RankReport> ranks;
+    std::vector<RankEndpoint> endpoints;
+    LoadResult load;
+  };
+  struct Failure {
+    int server = 0;
+    Code code = Code::kUnknown;
+    std::string text;
+    std::vector<std::string> also;  // what others reported while it settled
+    Clock::time_point settles;      // until then a more telling cause may replace it
+    bool symptom = false;           // may be the echo of another node's death
+    [[nodiscard]] std::string full_text() const;
+  };
+  struct Pending {                  // a stream that has not joined
+    std::string peer;
+    Clock::time_point since;
+    bool refused = false;
+  };
+  struct Phase {
+    std::string name;
+    NodeState state = NodeState::kPreparing;
+    bool local_first = false;       // the others are told when the master is done
+  };
+
+  State(const ControlOptions& options, NodeActions& local);
+  ~State() override;
+
+  // start(), in order.
+  void start();
+  void wait_for_all(std::unique_lock<std::mutex>& lock);
+  void run_phase(std::unique_lock<std::mutex>& lock, const Phase& phase,
+                 const control::v1::FromMaster& message, const std::function<void()>& action);
+  void throw_if_over(std::unique_lock<std::mutex>& lock);
+  std::vector<comm::Member> members() const;
+
+  // Ends the instance: sends `message`, waits for the streams to end, cancels the rest.
+  void end(std::unique_lock<std::mutex>& lock, const control::v1::FromMaster& message,
+           Deadline deadline);
+
+  // What arrives. Called from gRPC's threads without the lock.
+  void on_open(StreamId stream, const std::string& peer) override;
+  void on_message(StreamId stream, const control::v1::FromNode& message) override;
+  void on_end(StreamId stream) override;
+  // With the lock. join() and handle() return a line to log, or nothing.
+  std::string join(StreamId stream, const control::v1::FromNode& message);
+  std::string handle(int server, const control::v1::FromNode& message);
+  std::string refusal(const control::v1::FromNode& message, Code& code);
+  void phase_done(int server, const std::string& phase);
+  // The node's stream ended or fell silent. Returns a line to log.
+  std::string lose(int server, const std::string& why);
+  // The instance failed on `server`. The first stands, unless it is a symptom and the cause shows
+  // before it settles.
+  void fault(int server, Code code, const std::string& text, bool symptom);
+  void send_all(const control::v1::FromMaster& message, bool droppable = false);
+
+  void tick();
+  void watch();
+  // Who is there and for whom we wait; with the lock.
+  std::string notice() const;
+  std::string name_of(int server) const;
+  int server_of(StreamId stream) const;  // -1: none
+
+  const ControlOptions options;
+  const JoinFacts facts;
+  NodeActions& local;
+
+  mutable std::mutex mutex;
+  std::condition_variable cv;
+  Stage stage = Stage::kJoining;
+  bool waiting = false;              // start() waits for nodes: notices are due
+  std::vector<Node> nodes;           // by server
+  std::map<StreamId, Pending> pending;
+  std::string phase;                 // being run, empty in between
+  std::optional<Clock::time_point> phase_deadline;
+  Clock::time_point phase_since, next_notice;
+  std::optional<Failure> failure;
+  std::optional<std::string> abort_reason;  // the watcher calls abort() once
+  std::string stop_reason;
+  std::function<void(const std::string&, const Error&)> callback;
+  bool quit = false;
+
+  ControlServer* server = nullptr;   // = server_owner; not used once stage is kClosed
+  std::unique_ptr<ControlServer> server_owner;
+  std::thread ticker, watcher;
+};
+
+}  // namespace phalanx::cluster

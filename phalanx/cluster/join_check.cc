@@ -1,0 +1,102 @@
+#include "phalanx/cluster/join_check.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+
+namespace phalanx::cluster {
+namespace {
+
+const std::string* find_fact(const JoinFacts& facts, const std::string& name) {
+  for (const auto& [key, value] : facts) {
+    if (key == name) return &value;
+  }
+  return nullptr;
+}
+
+bool offers_class(const NodeOffer& offer, const std::string& name) {
+  return std::find(offer.numeric_classes.begin(), offer.numeric_classes.end(), name) !=
+         offer.numeric_classes.end();
+}
+
+}  // namespace
+
+JoinFacts all_facts(const ControlOptions& options) {
+  JoinFacts facts{{"control version", std::to_string(kControlVersion)}};
+  if (find_fact(options.facts, "rank table") == nullptr)
+    facts.emplace_back("rank table", options.table.digest());
+  facts.insert(facts.end(), options.facts.begin(), options.facts.end());
+  return facts;
+}
+
+std::string mismatch_table(const JoinFacts& master, const JoinFacts& node,
+                           const std::string& master_name, const std::string& node_name) {
+  struct Row {
+    std::string name, left, right;
+  };
+  std::vector<Row> rows{{"", master_name, node_name}};
+  for (const auto& [name, value] : master) {
+    const std::string* other = find_fact(node, name);
+    if (other == nullptr || *other != value) rows.push_back({name, value, other ? *other : "-"});
+  }
+  for (const auto& [name, value] : node) {
+    if (find_fact(master, name) == nullptr) rows.push_back({name, "-", value});
+  }
+  if (rows.size() == 1) return {};
+  size_t name_width = 0;
+  size_t left_width = 0;
+  for (const Row& row : rows) {
+    name_width = std::max(name_width, row.name.size());
+    left_width = std::max(left_width, row.left.size());
+  }
+  std::string text;
+  for (const Row& row : rows) {
+    text += fmt::format("{}  {:<{}}  {:<{}}  {}", text.empty() ? "" : "\n", row.name, name_width,
+                        row.left, left_width, row.right);
+  }
+  return text;
+}
+
+std::string common_numeric_class(const std::vector<std::string>& names,
+                                 const std::vector<NodeOffer>& offers) {
+  const auto& own = offers.at(0).numeric_classes;
+  for (auto it = own.rbegin(); it != own.rend(); ++it) {
+    if (std::all_of(offers.begin(), offers.end(),
+                    [&](const NodeOffer& offer) { return offers_class(offer, *it); }))
+      return *it;
+  }
+  if (std::all_of(offers.begin(), offers.end(),
+                  [](const NodeOffer& offer) { return offer.numeric_classes.empty(); }))
+    return {};
+  std::string text = "no numeric class is common to all nodes:";
+  for (size_t i = 0; i < offers.size(); ++i)
+    text += fmt::format(" {} has {};", names[i],
+                        offers[i].numeric_classes.empty()
+                            ? "none"
+                            : fmt::format("{}", fmt::join(offers[i].numeric_classes, ", ")));
+  text.back() = '.';
+  throw Error(Code::kFailedPrecondition,
+              text + " Fix: run the same build on all nodes, without PHALANX_CPU_ISA");
+}
+
+std::string printable(const std::string& text, size_t max_bytes) {
+  std::string result = text.substr(0, max_bytes);
+  for (char& c : result) {
+    if ((static_cast<unsigned char>(c) < 0x20 && c != '\n') || c == 0x7f) c = ' ';
+  }
+  return result;
+}
+
+Code code_of(int value) {
+  return value >= static_cast<int>(Code::kCancelled) && value <= static_cast<int>(Code::kDataLoss)
+             ? static_cast<Code>(value)
+             : Code::kUnknown;
+}
+
+bool may_be_symptom(Code code) {
+  return code == Code::kUnavailable || code == Code::kAborted || code == Code::kCancelled ||
+         code == Code::kDeadlineExceeded;
+}
+
+}  // namespace phalanx::cluster
