@@ -7,10 +7,10 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "phalanx/base/clock.h"
-#include "phalanx/base/unique_fd.h"
 
 namespace phalanx::api {
 
@@ -32,15 +32,18 @@ struct HttpResponse {
 };
 
 // How a handler answers, now or later, from any thread. Exactly one of respond(), or
-// start_stream() followed by write()... end(). Once the client is gone the calls have no effect.
+// start_stream() followed by write()... end(). Once the client is gone the calls have no effect. A
+// responder dropped without an answer answers 500; one dropped in the middle of a stream cuts it.
 class Responder {
  public:
   virtual ~Responder() = default;
   virtual void respond(HttpResponse response) = 0;
-  virtual void start_stream(int status, std::string content_type) = 0;
+  virtual void start_stream(int status, std::string content_type,
+                            std::vector<std::pair<std::string, std::string>> headers = {}) = 0;
   virtual void write(std::string bytes) = 0;
   virtual void end() = 0;
-  // Called once, from an io thread, if the client leaves before the answer is complete.
+  // Called once, from an io thread, if the client leaves (or the server stops) before the answer is
+  // complete; at once, from any thread, if it has left already.
   virtual void on_disconnect(std::function<void()> callback) = 0;
 };
 
@@ -60,10 +63,12 @@ struct ServerOptions {
   int io_threads = 1;
   int work_threads = 1;
   int64_t max_body_bytes = 40 << 20;
+  // Per listener that serves the business plane; the others take max(100, a tenth of it).
   int64_t max_connections = 3100;
-  double read_seconds = 60;
-  double write_seconds = 600;
-  double idle_seconds = 60;
+  double read_seconds = 60;     // for a head, and for the next piece of a body
+  double write_seconds = 600;   // for what is being sent to be taken
+  double idle_seconds = 60;     // between requests
+  bool close_after_answer = true;  // `Connection: close` on every answer that is no stream
   int64_t max_buffered_bytes = 8 << 20;  // unread stream bytes before a slow reader is cut
 };
 
@@ -74,19 +79,22 @@ class Server {
   // is not local, the local ones.
   explicit Server(const ServerOptions& options);
   ~Server();
-  // Before start(). `pattern`: "/v1/models/{name}" puts the part into HttpRequest::query as
-  // "name=..." is NOT done; handlers parse request.path themselves. Exact match, or prefix match
-  // when it ends in '*'.
+  // Before start(). `pattern` matches exactly, or as a prefix when it ends in '*'; the first match in
+  // order of mounting wins, and handlers parse request.path themselves. HEAD is answered by GET's
+  // handler without the body. A path without a route: 404, one without this method: 405.
   void route(Plane plane, std::string method, std::string pattern, Handler handler);
+  // Listens and accepts. Throws kUnavailable.
   void start();
-  // Stops accepting; waits for open answers until the deadline, then closes all.
+  // Stops accepting; waits for open answers until the deadline, then closes all. Afterwards no
+  // handler, callback or posted work runs any more. Idempotent.
   void stop(Deadline deadline);
+  // Runs `work` on a work thread; after stop() it is dropped.
   void post_work(std::function<void()> work);
   [[nodiscard]] std::vector<uint16_t> ports() const;  // by listener
 
  private:
   struct State;
-  std::unique_ptr<State> state_;
+  std::shared_ptr<State> state_;
 };
 
 }  // namespace phalanx::api
