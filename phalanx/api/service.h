@@ -50,6 +50,7 @@ struct InstanceHealth {
   std::string reason;                       // for kFailed: which node, which rank, why
 };
 
+// The routes of an instance. Stop the server before this goes, and keep the engine until then.
 class Service {
  public:
   Service(ServiceOptions options, engine::Engine& engine,

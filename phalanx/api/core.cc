@@ -1,0 +1,87 @@
+#include "phalanx/api/core.h"
+
+#include <chrono>
+
+#include "phalanx/api/refusal.h"
+#include "phalanx/base/error.h"
+#include "phalanx/base/log.h"
+
+namespace phalanx::api {
+
+Core::Core(ServiceOptions service_options, EnginePort& engine_port,
+           std::shared_ptr<const TextPort> text_port, std::function<InstanceHealth()> health_call,
+           std::function<std::string()> status_call, std::function<void()> stop_call, bool monitored)
+    : options(std::move(service_options)),
+      engine(engine_port),
+      text(std::move(text_port)),
+      health(std::move(health_call)),
+      status_json(std::move(status_call)),
+      stop(std::move(stop_call)),
+      monitor(monitored),
+      started_at(std::chrono::duration_cast<std::chrono::seconds>(
+                     std::chrono::system_clock::now().time_since_epoch())
+                     .count()),
+      generate(options, engine, text, work, metrics) {}
+
+Core::~Core() { shut_down(); }
+
+void Core::shut_down() {
+  generate.stop();
+  work->close();
+  stopper.request_stop();
+  if (stopper.joinable()) stopper.join();
+}
+
+void Core::require_serving() const {
+  if (stopped) throw Refused(unavailable("The service has been stopped"));
+  const InstanceHealth now = health();
+  switch (now.state) {
+    case InstanceState::kServing:
+      return;
+    case InstanceState::kStarting:
+      throw Refused(unavailable("The service is starting", 1));
+    case InstanceState::kDraining:
+    case InstanceState::kStopped:
+      throw Refused(unavailable("The service has been stopped"));
+    case InstanceState::kFailed:
+      throw Refused(unavailable("The service is not healthy. " + now.reason));
+  }
+}
+
+void Core::handle(const std::shared_ptr<Responder>& responder, std::function<void()> body) const {
+  work->post([responder, body = std::move(body)] {
+    try {
+      body();
+    } catch (...) {
+      respond_to_exception(*responder);
+    }
+  });
+}
+
+void respond_to_exception(Responder& responder) {
+  try {
+    throw;
+  } catch (const Refused& refused) {
+    responder.respond(to_response(refused.refusal()));
+  } catch (const Error& error) {
+    if (error.code() == Code::kInvalidArgument || error.code() == Code::kFailedPrecondition)
+      return responder.respond(to_response(
+          {.status = 422, .error_type = "Input Validation Error", .error = error.what()}));
+    log_error("Request failed: {}", error.what());
+    responder.respond(to_response(incomplete_generation(error.what())));
+  } catch (const std::exception& error) {
+    log_error("Request failed: {}", error.what());
+    responder.respond({.status = 500, .content_type = "text/plain", .body = "Server internal error",
+                       .headers = {}});
+  }
+}
+
+void mount_all(const std::shared_ptr<Core>& core, Server& server) {
+  core->work->open(&server);
+  mount_inference(core, server);
+  mount_models(core, server);
+  mount_management(core, server);
+  mount_metrics(core, server);
+}
+
+}  // namespace phalanx::api

@@ -1,0 +1,143 @@
+#include "phalanx/api/metrics.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace phalanx::api {
+namespace {
+
+const std::vector<double> kTokenCountBounds = {10,    50,    100,   200,   500,   1000,  2000,  5000,
+                                               10000, 16000, 20000, 32000, 50000, 64000, 128000};
+
+std::string escape_label(const std::string& value) {
+  std::string out;
+  for (const char c : value) {
+    if (c == '\n') {
+      out += "\\n";
+      continue;
+    }
+    if (c == '"' || c == '\\') out += '\\';
+    out += c;
+  }
+  return out;
+}
+
+std::string head(const std::string& name, const std::string& help, const char* type) {
+  return fmt::format("# HELP {} {}\n# TYPE {} {}\n", name, help, name, type);
+}
+
+}  // namespace
+
+Histogram::Histogram(std::vector<double> bounds)
+    : bounds_(std::move(bounds)), counts_(bounds_.size() + 1) {}
+
+void Histogram::observe(double value) {
+  const auto at = std::lower_bound(bounds_.begin(), bounds_.end(), value) - bounds_.begin();
+  ++counts_[static_cast<size_t>(at)];
+  sum_ += value;
+}
+
+std::string Histogram::render(const std::string& name, const std::string& help,
+                              const std::string& label) const {
+  std::string out = head(name, help, "histogram");
+  uint64_t total = 0;
+  for (size_t i = 0; i < counts_.size(); ++i) {
+    total += counts_[i];
+    const std::string bound = i < bounds_.size() ? fmt::format("{}", bounds_[i]) : "+Inf";
+    out += fmt::format("{}_bucket{{{},le=\"{}\"}} {}\n", name, label, bound, total);
+  }
+  out += fmt::format("{}_sum{{{}}} {}\n{}_count{{{}}} {}\n", name, label, sum_, name, label, total);
+  return out;
+}
+
+Metrics::Metrics()
+    : first_token_({0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5,
+                    10}),
+      next_token_({0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5}),
+      latency_({1, 2.5, 5, 10, 15, 20, 30, 40, 50, 60}),
+      prompt_tokens_(kTokenCountBounds),
+      output_tokens_(kTokenCountBounds) {}
+
+void Metrics::received() {
+  const std::lock_guard lock(mutex_);
+  ++received_;
+}
+
+void Metrics::first_token(double seconds) {
+  const std::lock_guard lock(mutex_);
+  first_token_.observe(seconds);
+}
+
+void Metrics::next_token(double seconds) {
+  const std::lock_guard lock(mutex_);
+  next_token_.observe(seconds);
+}
+
+void Metrics::succeeded(double seconds, int64_t prompt_tokens, int64_t output_tokens) {
+  const std::lock_guard lock(mutex_);
+  ++succeeded_;
+  latency_.observe(seconds);
+  prompt_tokens_.observe(static_cast<double>(prompt_tokens));
+  output_tokens_.observe(static_cast<double>(output_tokens));
+}
+
+void Metrics::failed() {
+  const std::lock_guard lock(mutex_);
+  ++failed_;
+}
+
+void Metrics::tick(const engine::EngineStats& stats) {
+  const std::lock_guard lock(mutex_);
+  const auto now = Clock::now();
+  const double seconds = std::chrono::duration<double>(now - last_tick_).count();
+  if (seconds < 0.9) return;
+  prompt_rate_ = static_cast<double>(stats.prompt_tokens - last_prompt_tokens_) / seconds;
+  output_rate_ = static_cast<double>(stats.output_tokens - last_output_tokens_) / seconds;
+  last_prompt_tokens_ = stats.prompt_tokens;
+  last_output_tokens_ = stats.output_tokens;
+  last_tick_ = now;
+}
+
+std::string Metrics::render(const std::string& model_name, const engine::EngineStats& stats) const {
+  const std::lock_guard lock(mutex_);
+  const std::string label = fmt::format("model_name=\"{}\"", escape_label(model_name));
+  std::string out;
+  const auto add = [&](const char* name, const char* help, const char* type, auto value) {
+    out += head(name, help, type);
+    out += fmt::format("{}{{{}}} {}\n", name, label, value);
+  };
+  const double cache_use =
+      stats.blocks_total > 0
+          ? 1.0 - static_cast<double>(stats.blocks_free) / static_cast<double>(stats.blocks_total)
+          : 0.0;
+  const double failed_share =
+      received_ > 0 ? static_cast<double>(failed_) / static_cast<double>(received_) : 0.0;
+  add("request_received_total", "Count of received requests.", "counter", received_);
+  add("request_success_total", "Count of finished requests.", "counter", succeeded_);
+  add("request_failed_total", "Count of failed requests.", "counter", failed_);
+  add("prompt_tokens_total", "Number of prompt tokens processed.", "counter", stats.prompt_tokens);
+  add("generation_tokens_total", "Number of tokens generated.", "counter", stats.output_tokens);
+  add("num_preemptions_total", "Count of preemptions.", "counter", stats.preemptions);
+  add("num_requests_running", "Number of requests running.", "gauge", stats.running);
+  add("num_requests_waiting", "Number of requests waiting.", "gauge", stats.waiting);
+  add("num_requests_swapped", "Number of requests swapped out.", "gauge", 0);
+  add("avg_prompt_throughput_toks_per_s", "Prompt tokens per second.", "gauge", prompt_rate_);
+  add("avg_generation_throughput_toks_per_s", "Generated tokens per second.", "gauge", output_rate_);
+  add("failed_request_perc", "Share of requests that failed. 1 means 100 percent.", "gauge",
+      failed_share);
+  add("npu_cache_usage_perc", "KV cache usage. 1 means 100 percent.", "gauge", cache_use);
+  add("cpu_cache_usage_perc", "CPU swap cache usage. 1 means 100 percent.", "gauge", 0);
+  add("npu_prefix_cache_hit_rate", "Prefix cache block hit rate.", "gauge", 0);
+  add("all_radix_match_num", "Prompt tokens that take part in prefix matching.", "gauge", 0);
+  add("npu_radix_match_hit_num", "Prompt tokens found in the prefix cache.", "gauge", 0);
+  out += first_token_.render("time_to_first_token_seconds", "Time to first token in seconds.", label);
+  out += next_token_.render("time_per_output_token_seconds", "Time per output token in seconds.",
+                            label);
+  out += latency_.render("e2e_request_latency_seconds", "End to end latency in seconds.", label);
+  out += prompt_tokens_.render("request_prompt_tokens", "Prompt tokens of a request.", label);
+  out += output_tokens_.render("request_generation_tokens", "Generated tokens of a request.", label);
+  return out;
+}
+
+}  // namespace phalanx::api

@@ -1,0 +1,55 @@
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+#include "phalanx/api/core.h"
+
+namespace phalanx::api {
+namespace {
+
+using OrderedJson = nlohmann::ordered_json;
+constexpr auto kReplace = OrderedJson::error_handler_t::replace;
+constexpr const char* kOwner = "MindIE Server";
+
+// "/data/models/x" -> "***/x": the first two directories stay unsaid.
+std::string hidden_root(const std::string& path) {
+  size_t at = path.starts_with('/') ? 1 : 0;
+  for (int i = 0; i < 2; ++i) {
+    const size_t slash = path.find('/', at);
+    if (slash == std::string::npos) return "***/" + path.substr(at);
+    at = slash + 1;
+  }
+  return "***/" + path.substr(at);
+}
+
+}  // namespace
+
+void mount_models(const std::shared_ptr<Core>& core, Server& server) {
+  server.route(kBusiness, "GET", "/v1/models",
+               [core](const HttpRequest&, const std::shared_ptr<Responder>& responder) {
+                 nlohmann::json model{{"id", core->options.model_name},
+                                      {"object", "model"},
+                                      {"created", core->started_at},
+                                      {"owned_by", kOwner},
+                                      {"parent", "null"},
+                                      {"root", hidden_root(core->options.model_path)},
+                                      {"max_model_len", core->options.max_sequence}};
+                 const nlohmann::json body{{"object", "list"},
+                                           {"data", nlohmann::json::array({std::move(model)})}};
+                 responder->respond({.body = body.dump(4, ' ', false, kReplace), .headers = {}});
+               });
+  server.route(kBusiness, "GET", "/v1/models/*",
+               [core](const HttpRequest& request, const std::shared_ptr<Responder>& responder) {
+                 const std::string name = request.path.substr(std::string("/v1/models/").size());
+                 if (name != core->options.model_name)
+                   return responder->respond(
+                       to_response(not_found(fmt::format("Model {} not found.", name))));
+                 const OrderedJson body{{"id", name},
+                                        {"object", "model"},
+                                        {"created", core->started_at},
+                                        {"owned_by", kOwner}};
+                 responder->respond({.body = body.dump(-1, ' ', false, kReplace), .headers = {}});
+               });
+}
+
+}  // namespace phalanx::api

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "phalanx/api/generate_service.h"
+#include "phalanx/api/ports.h"
+#include "phalanx/api/sampling_fields.h"
+
+// The OpenAI dialect: bodies into plain structs, results into bodies. Knows no engine.
+namespace phalanx::api {
+
+struct ChatRequest {
+  SamplingFields fields;
+  ChatText chat;
+  std::vector<std::string> ignored;  // names of fields without effect
+};
+// Throws Refused.
+[[nodiscard]] ChatRequest parse_chat(std::string_view body, const ServiceOptions& options);
+
+struct CompletionRequest {
+  SamplingFields fields;
+  std::vector<std::variant<std::string, std::vector<int32_t>>> prompts;
+  bool echo = false;
+  std::vector<std::string> ignored;
+};
+[[nodiscard]] CompletionRequest parse_completion(std::string_view body, const ServiceOptions& options);
+
+// What an answer needs beside the pieces.
+struct AnswerContext {
+  std::shared_ptr<Responder> responder;
+  std::shared_ptr<const TextPort> text;
+  std::string id;
+  std::string model;
+  int64_t created = 0;               // seconds since 1970
+  bool stream = false, include_usage = false;
+  int32_t logprobs = -1;             // as in SamplingParams
+  int sequences = 1;                 // per prompt
+  int choices = 1;
+  std::vector<std::string> echo;     // by prompt; empty without echo
+  std::vector<std::pair<std::string, std::string>> headers;
+};
+[[nodiscard]] std::unique_ptr<Answer> make_chat_answer(AnswerContext context);
+[[nodiscard]] std::unique_ptr<Answer> make_completion_answer(AnswerContext context);
+
+}  // namespace phalanx::api

@@ -1,0 +1,99 @@
+#include "phalanx/api/service.h"
+
+#include <cstdlib>
+#include <string_view>
+
+#include "phalanx/api/core.h"
+#include "phalanx/text/chat_template.h"
+#include "phalanx/text/detokenizer.h"
+#include "phalanx/text/tokenizer.h"
+
+namespace phalanx::api {
+namespace {
+
+class RealEngine final : public EnginePort {
+ public:
+  explicit RealEngine(engine::Engine& engine) : engine_(engine) {}
+  engine::SubmitResult submit(engine::GenerateRequest request,
+                              std::shared_ptr<engine::EventSink> sink, std::string* detail) override {
+    return engine_.submit(std::move(request), std::move(sink), detail);
+  }
+  void cancel(const std::string& id) override { engine_.cancel(id); }
+  engine::EngineStats stats() const override { return engine_.stats(); }
+  int64_t max_queue() const override { return engine_.options().max_queue; }
+
+ private:
+  engine::Engine& engine_;
+};
+
+class RealStream final : public TokenStream {
+ public:
+  RealStream(std::shared_ptr<const text::Tokenizer> tokenizer, bool skip_special)
+      : detokenizer_(std::move(tokenizer), {.skip_special_tokens = skip_special}) {}
+  std::string push(int32_t id) override { return detokenizer_.push(id); }
+  std::string flush() override { return detokenizer_.flush(); }
+
+ private:
+  text::Detokenizer detokenizer_;
+};
+
+class RealText final : public TextPort {
+ public:
+  RealText(std::shared_ptr<const text::Tokenizer> tokenizer,
+           std::shared_ptr<const text::ChatTemplate> chat_template)
+      : tokenizer_(std::move(tokenizer)), template_(std::move(chat_template)) {}
+  std::vector<int32_t> encode(std::string_view text, bool add_special) const override {
+    return tokenizer_->encode(text, add_special);
+  }
+  std::string decode(std::span<const int32_t> ids, bool skip_special) const override {
+    return tokenizer_->decode(ids, skip_special);
+  }
+  std::string token_text(int32_t id) const override { return tokenizer_->token_text(id); }
+  std::string token_bytes(int32_t id) const override { return tokenizer_->token_bytes(id); }
+  std::unique_ptr<TokenStream> open(bool skip_special) const override {
+    return std::make_unique<RealStream>(tokenizer_, skip_special);
+  }
+  bool has_chat_template() const override { return template_ && !template_->empty(); }
+  std::string render_chat(const ChatText& chat) const override {
+    return template_->render({.messages_json = chat.messages,
+                              .tools_json = chat.tools,
+                              .documents_json = {},
+                              .add_generation_prompt = true,
+                              .extra_json = chat.kwargs,
+                              .now = std::nullopt});
+  }
+
+ private:
+  std::shared_ptr<const text::Tokenizer> tokenizer_;
+  std::shared_ptr<const text::ChatTemplate> template_;
+};
+
+bool monitor_wanted() {
+  const char* value = std::getenv("MIES_SERVICE_MONITOR_MODE");
+  return value != nullptr && std::string_view(value) == "1";
+}
+
+}  // namespace
+
+struct Service::State {
+  RealEngine engine;
+  std::shared_ptr<Core> core;
+};
+
+Service::Service(ServiceOptions options, engine::Engine& engine,
+                 std::shared_ptr<const text::Tokenizer> tokenizer,
+                 std::shared_ptr<const text::ChatTemplate> chat_template,
+                 std::function<InstanceHealth()> health, std::function<std::string()> status_json,
+                 std::function<void()> stop)
+    : state_(new State{RealEngine(engine), nullptr}) {
+  state_->core = std::make_shared<Core>(
+      std::move(options), state_->engine,
+      std::make_shared<RealText>(std::move(tokenizer), std::move(chat_template)), std::move(health),
+      std::move(status_json), std::move(stop), monitor_wanted());
+}
+
+Service::~Service() { state_->core->shut_down(); }
+
+void Service::mount(Server& server) { mount_all(state_->core, server); }
+
+}  // namespace phalanx::api
