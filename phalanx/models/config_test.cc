@@ -153,6 +153,27 @@ TEST_F(Config, CheckpointsThatDoNotFitAreRefusedTensorByTensor) {
   EXPECT_THROW((void)read_model_info(directory_ / "nowhere"), Error);
 }
 
+TEST_F(Config, MemoryIsKnownBeforeItIsTaken) {
+  for (const ops::Isa isa : ops::available_isas()) {
+    const ops::Context::Options options{.isa = isa, .max_tokens = 33, .max_k = 70, .max_rows = 170,
+                                        .max_heads = 6, .max_head_dim = 10, .max_context = 700};
+    ThreadPool pool({.threads = 2});
+    EXPECT_EQ(ops::Context::bytes_for(options, 2), ops::Context(options, pool).scratch_bytes());
+  }
+  const ModelInfo info = read_model_info(kData + "/tied_bf16");
+  const MemoryNeed need = memory_need(info, {.max_step_tokens = 100, .max_step_rows = 10,
+                                             .max_sequence = 200, .block_size = 16,
+                                             .weights = {1.0}});
+  // Packed weights are the stored ones but for padding and norms in f32.
+  EXPECT_GE(need.weight_bytes, info.parameter_bytes);
+  EXPECT_LE(need.weight_bytes, info.parameter_bytes * 12 / 10);
+  EXPECT_EQ(need.read_bytes, info.parameter_bytes);
+  EXPECT_EQ(need.kv_bytes_per_block, 2 * 2 * 3 * 10 * 16 * 2);
+  const int64_t step = 54 * 4 + (54 + 120 + 60 + 54 + 70) * 2;  // activations of one token
+  EXPECT_GE(need.workspace_bytes, 100 * step + 200 * 10 * 4);
+  EXPECT_LE(need.workspace_bytes, 100 * step + 200 * 10 * 4 + 10 * (54 * 4 + 60 * 2) + 2048);
+}
+
 TEST_F(Config, LayoutCoversEverythingOnce) {
   const ModelInfo info = read_model_info(kData + "/nine_heads_f32");
   for (int ranks = 1; ranks <= 9; ++ranks) {

@@ -147,8 +147,9 @@ MemoryNeed memory_need(const ModelInfo& info, const ModelOptions& options) {
   const int64_t rope_bytes =
       options.max_sequence * info.head_dim * static_cast<int64_t>(sizeof(float));
   return {.weight_bytes = plan.arena_bytes(),
-          .workspace_bytes = carver.bytes() + rope_bytes +
-                             layers::Vocab::table_bytes(options.max_step_tokens),
+          .workspace_bytes =
+              carver.bytes() + rope_bytes + layers::Vocab::table_bytes(options.max_step_tokens) +
+              ops::Context::bytes_for(context_options(info, own, options), options.threads),
           .kv_bytes_per_block = kv_shape(info, own, options.block_size).bytes_per_block(),
           .read_bytes = plan.read_bytes()};
 }

@@ -63,6 +63,7 @@ struct ModelOptions {
   int64_t block_size = 128;
   std::vector<double> weights;   // of the ranks, for the cut; its size is the world size
   int rank = 0;
+  int threads = 1;               // of the pool that load_model will be given
 };
 
 struct StepInputs {

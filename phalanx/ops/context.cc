@@ -72,6 +72,25 @@ void lay_out(const Context::Options& options, int threads, Pieces& pieces,
   }
 }
 
+int64_t item_count(const Context::Options& options, int threads) {
+  return (options.max_tokens + 4 * threads) * std::max<int64_t>(1, options.max_heads);
+}
+
+// Everything of a scratch but its memory.
+void measure(const Context::Options& options, int threads, Context::Scratch& scratch) {
+  scratch.kernels = cpu::kernels_of(options.isa);
+  if (scratch.kernels == nullptr) return;
+  scratch.max_tokens = options.max_tokens;
+  scratch.max_k = options.max_k;
+  scratch.max_head_dim = options.max_head_dim;
+  scratch.query_rows = std::max(kQueryRows, options.max_heads);
+  scratch.threads.resize(static_cast<size_t>(threads));
+  Pieces counted(nullptr);
+  lay_out(options, threads, counted, scratch);
+  scratch.bytes = counted.used() + 128 +
+                  item_count(options, threads) * static_cast<int64_t>(sizeof(AttentionItem));
+}
+
 }  // namespace
 
 struct Context::State {
@@ -81,6 +100,12 @@ struct Context::State {
   Scratch scratch;
 };
 
+int64_t Context::bytes_for(const Options& options, int threads) {
+  Scratch scratch;
+  measure(options, threads, scratch);
+  return scratch.bytes;
+}
+
 Context::Context(const Options& options, ThreadPool& pool)
     : state_(std::make_unique<State>(options, pool)) {
   const std::vector<Isa> available = available_isas();
@@ -88,20 +113,13 @@ Context::Context(const Options& options, ThreadPool& pool)
     throw Error(Code::kInvalidArgument, "this machine or this build has no kernels for \"" +
                                             std::string(isa_name(options.isa)) + "\"");
   Scratch& scratch = state_->scratch;
-  scratch.kernels = cpu::kernels_of(options.isa);
+  measure(options, pool.size(), scratch);
   if (scratch.kernels == nullptr) return;
-  scratch.max_tokens = options.max_tokens;
-  scratch.max_k = options.max_k;
-  scratch.max_head_dim = options.max_head_dim;
-  scratch.query_rows = std::max(kQueryRows, options.max_heads);
-  scratch.threads.resize(static_cast<size_t>(pool.size()));
-  scratch.items.reserve(static_cast<size_t>(
-      (options.max_tokens + 4 * pool.size()) * std::max<int64_t>(1, options.max_heads)));
-  Pieces counted(nullptr);
-  lay_out(options, pool.size(), counted, scratch);
-  scratch.bytes = counted.used() + 128;
+  const int64_t items = item_count(options, pool.size());
+  scratch.items.reserve(static_cast<size_t>(items));
+  const int64_t bytes = scratch.bytes - items * static_cast<int64_t>(sizeof(AttentionItem));
   scratch.memory.reset(
-      static_cast<std::byte*>(std::aligned_alloc(128, static_cast<size_t>(scratch.bytes))));
+      static_cast<std::byte*>(std::aligned_alloc(128, static_cast<size_t>(bytes))));
   if (scratch.memory == nullptr) throw std::bad_alloc();
   Pieces pieces(scratch.memory.get());
   lay_out(options, pool.size(), pieces, scratch);

@@ -44,6 +44,8 @@ class Context {
   struct Scratch;
   [[nodiscard]] Scratch& scratch() const;
   [[nodiscard]] int64_t scratch_bytes() const;
+  // scratch_bytes() of a context yet to be made on a pool of `threads`.
+  [[nodiscard]] static int64_t bytes_for(const Options& options, int threads);
 
  private:
   struct State;
