@@ -63,6 +63,24 @@ TEST_F(RanktableCommand, PrintsFormB) {
   EXPECT_LT(out_.find("\"version\""), out_.find("\"server_count\": \"2\""));
 }
 
+TEST_F(RanktableCommand, ShowsTheLayoutOfAModel) {
+  std::ofstream(directory_ + "/config.json") << R"({"model_type": "llama",
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "vocab_size": 49152, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    "rope_theta": 100000, "tie_word_embeddings": true, "torch_dtype": "bfloat16"})";
+  ASSERT_EQ(run({"make", "--hosts", "127.0.0.1,127.0.0.2", "-o", file_}), 0) << err_;
+  ASSERT_EQ(run({"show", file_, "--model", directory_}), 0) << err_;
+  EXPECT_NE(out_.find("9 query heads, 3 KV heads"), std::string::npos) << out_;
+  EXPECT_NE(out_.find("predicted balance: "), std::string::npos) << out_;
+  // Every query head and vocabulary row has one owner.
+  EXPECT_NE(out_.find(" 0-24575 "), std::string::npos) << out_;
+  EXPECT_NE(out_.find(" 24576-49151 "), std::string::npos) << out_;
+  ASSERT_EQ(run({"make", "--hosts", "127.0.0.1:10", "-o", file_}), 0) << err_;
+  EXPECT_EQ(run({"show", file_, "--model", directory_}), 1);
+  EXPECT_NE(err_.find("found 10 ranks, expected at most 9"), std::string::npos) << err_;
+}
+
 TEST_F(RanktableCommand, RefusesBadInput) {
   EXPECT_EQ(run({"make", "--hosts", "127.0.0.1:0"}), 1);
   EXPECT_NE(err_.find("--hosts: found '127.0.0.1:0'"), std::string::npos) << err_;
