@@ -63,6 +63,7 @@ class TestRanks {
   struct Outcome {
     std::optional<Error> error;
     double seconds = 0;  // from the start of the body to its end
+    Clock::time_point end;
   };
 
   // Forms the group on every rank and runs body(group) there. Returns what each rank threw.
@@ -84,7 +85,8 @@ class TestRanks {
         } catch (const Error& error) {
           outcomes[rank].error = error;
         }
-        outcomes[rank].seconds = std::chrono::duration<double>(Clock::now() - start).count();
+        outcomes[rank].end = Clock::now();
+        outcomes[rank].seconds = std::chrono::duration<double>(outcomes[rank].end - start).count();
       });
     threads.clear();
     return outcomes;
