@@ -181,24 +181,41 @@ class Attention {
     }
   }
 
-  // Positions `span` of one chunk, as far as any row sees them.
-  void pack(const AttentionItem& item, Range span, const ThreadScratch& t) const {
+  // Positions `span` of one chunk, as far as any row sees them, while those up to `ahead_end` are
+  // asked for kAhead positions before their turn, over the end of the chunk.
+  void pack(const AttentionItem& item, Range span, int64_t ahead_end,
+            const ThreadScratch& t) const {
+    constexpr int64_t kAhead = 2 * kLanes;
     const SequenceSlice& s = sequences_[static_cast<size_t>(item.sequence)];
     const bool bf16 = kv_.dtype == DType::kBF16;
+    const int64_t row_bytes = kv_.head_dim * static_cast<int64_t>(tensor::dtype_bytes(kv_.dtype));
     const int64_t c0 = span.begin / kAttentionChunk * kAttentionChunk;
-    for (int64_t j = span.begin / kLanes * kLanes; j < span.end; j += kLanes) {
-      const std::byte* keys[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        if (!span.contains(j + i)) {
-          keys[i] = nullptr;
-          continue;
-        }
-        const int64_t offset = offset_of(s, item.kv_head, j + i);
-        keys[i] = kv_.k + offset;
-        kernels_.pack_value(kv_.v + offset, bf16, shape_.head_dim,
-                            t.values + (j + i - c0) * kLanes, kAttentionChunk * kLanes);
+    const int64_t first = span.begin / kLanes * kLanes;
+    const int64_t end = (span.end + kLanes - 1) / kLanes * kLanes;
+    const int64_t known = std::max(span.end, std::min(end + kAhead, ahead_end));
+    const std::byte* keys[kAttentionChunk + kAhead];
+    const std::byte* values[kAttentionChunk + kAhead];
+    // Block by block of the paged cache.
+    for (int64_t j = span.begin; j < known;) {
+      const int64_t count = std::min(kv_.block_size - j % kv_.block_size, known - j);
+      const int64_t offset = offset_of(s, item.kv_head, j);
+      for (int64_t i = 0; i < count; ++i) {
+        keys[j + i - first] = kv_.k + offset + i * row_bytes;
+        values[j + i - first] = kv_.v + offset + i * row_bytes;
       }
-      kernels_.pack_keys(keys, bf16, shape_.head_dim,
+      j += count;
+    }
+    for (int64_t j = first; j < end; j += kLanes) {
+      const Range ahead{std::min(j + kAhead, known), std::min(j + kAhead + kLanes, known)};
+      kernels_.prefetch_rows(keys + (ahead.begin - first), ahead.size(), row_bytes);
+      kernels_.prefetch_rows(values + (ahead.begin - first), ahead.size(), row_bytes);
+      const Range own{std::max(j, span.begin), std::min(j + kLanes, span.end)};
+      kernels_.pack_values(values + (own.begin - first), bf16, own.size(), shape_.head_dim,
+                           t.values + (own.begin - c0) * kLanes, kAttentionChunk * kLanes);
+      const std::byte* panel[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i)
+        panel[i] = own.contains(j + i) ? keys[j + i - first] : nullptr;
+      kernels_.pack_keys(panel, bf16, shape_.head_dim,
                          t.keys + (j - c0) / kLanes * key_panel_bytes(), pairs_);
     }
   }
@@ -273,7 +290,7 @@ class Attention {
     const Range last = rows.seen(rows.count - 1, c);
     const int64_t c0 = c * kAttentionChunk;
     const Range span{std::min(std::max(rows.seen(0).begin, c0), c0 + kAttentionChunk), last.end};
-    pack(item, span, t);
+    pack(item, span, rows.seen(rows.count - 1).end, t);
     const bool same = first == last && first.size() > 0;
     if (same) {
       score(t, 0, rows.count, span);

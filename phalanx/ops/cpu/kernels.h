@@ -55,9 +55,11 @@ struct Kernels {
   // 16 key rows (nullptr: zeros) into a panel: f32 [k][16], or bf16 pairs [k / 2][16][2].
   void (*pack_keys)(const std::byte* const* rows, bool in_bf16, int64_t k, void* panel,
                     bool panel_bf16) = nullptr;
-  // One value row into f32 panels [head_dim / 16][..][16], `panel_stride` floats apart.
-  void (*pack_value)(const std::byte* row, bool in_bf16, int64_t head_dim, float* out,
-                     int64_t panel_stride) = nullptr;
+  // `count` value rows into f32 panels [head_dim / 16][..][16], `panel_stride` floats apart.
+  void (*pack_values)(const std::byte* const* rows, bool in_bf16, int64_t count, int64_t head_dim,
+                      float* out, int64_t panel_stride) = nullptr;
+  // Asks for `bytes` of each row.
+  void (*prefetch_rows)(const std::byte* const* rows, int64_t count, int64_t bytes) = nullptr;
   // s[j] = exp(s[j] * scale - max) for begin <= j < end.
   void (*softmax)(float* s, int64_t begin, int64_t end, float scale, float* max,
                   float* sum) = nullptr;

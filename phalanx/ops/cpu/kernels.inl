@@ -5,6 +5,8 @@
 //                  store_n(p, n, v), store_bf16(p, v), store_bf16_n(p, n, v), add, sub, mul, div,
 //                  fma(a, b, c) = a * b + c, max (the second operand if either is NaN),
 //                  negate, scale_of(shifted) = 2^n, below(x, limit, then, else), above, sum(v)
+//   load_words(p) (16 words of 32 bits), low_half(v) and high_half(v) (bf16 pairs, widened),
+//   transpose(V (&)[16])
 //   keep_alive(v)  the compiler must not look through v
 //   kPeakChains    independent chains that fill the units and fit the registers
 //   kTilePanels(rows)  panels of a register tile with `rows` rows
@@ -351,36 +353,70 @@ void rope(const void* in, bool in_bf16, const float* cos, const float* sin, int6
 
 // --- Attention -------------------------------------------------------------------------------
 
-void pack_keys(const std::byte* const* rows, bool in_bf16, int64_t k, void* panel,
-               bool panel_bf16) {
-  const int64_t k_even = k + k % 2;
-  if (panel_bf16) {
-    auto* out = static_cast<uint16_t*>(panel);
-    for (int64_t r = 0; r < 16; ++r) {
-      const auto* in = reinterpret_cast<const uint16_t*>(rows[r]);
-      for (int64_t i = 0; i < k_even; ++i)
-        out[(i / 2 * 16 + r) * 2 + i % 2] = in != nullptr && i < k ? in[i] : uint16_t{0};
-    }
-    return;
-  }
-  auto* out = static_cast<uint32_t*>(panel);
-  for (int64_t r = 0; r < 16; ++r) {
-    if (rows[r] == nullptr) {
-      for (int64_t i = 0; i < k; ++i) out[i * 16 + r] = 0;
-    } else if (in_bf16) {
-      const auto* in = reinterpret_cast<const uint16_t*>(rows[r]);
-      for (int64_t i = 0; i < k; ++i) out[i * 16 + r] = static_cast<uint32_t>(in[i]) << 16;
+// 16 rows, `words` 32-bit words each: whole blocks of 16 words are transposed in registers.
+// put(word, v): the 16 rows' values of one word.
+template <typename Put>
+inline __attribute__((always_inline)) void transpose_rows(const std::byte* const* rows,
+                                                          int64_t words, Put put) {
+  alignas(64) static constexpr std::byte kZeros[64] = {};
+  for (int64_t i = 0; i < words; i += 16) {
+    V v[16];
+    if (words - i >= 16) {
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r)
+        v[r] = load_words(rows[r] != nullptr ? rows[r] + 4 * i : kZeros);
     } else {
-      const auto* in = reinterpret_cast<const uint32_t*>(rows[r]);
-      for (int64_t i = 0; i < k; ++i) out[i * 16 + r] = in[i];
+      for (int r = 0; r < 16; ++r) {
+        std::byte part[64] = {};
+        if (rows[r] != nullptr)
+          __builtin_memcpy(part, rows[r] + 4 * i, static_cast<size_t>(words - i) * 4);
+        v[r] = load_words(part);
+      }
     }
+    transpose(v);
+#pragma GCC unroll 16
+    for (int w = 0; w < 16; ++w)
+      if (i + w < words) put(i + w, v[w]);
   }
 }
 
-void pack_value(const std::byte* row, bool in_bf16, int64_t head_dim, float* out,
-                int64_t panel_stride) {
-  for (int64_t i = 0; i < head_dim; i += 16, out += panel_stride)
-    store(out, load_any(row, in_bf16, i, head_dim));
+void pack_keys(const std::byte* const* rows, bool in_bf16, int64_t k, void* panel,
+               bool panel_bf16) {
+  auto* out = static_cast<float*>(panel);
+  if (!in_bf16) {
+    transpose_rows(rows, k, [&](int64_t i, V v) { store(out + 16 * i, v); });
+  } else if (panel_bf16) {
+    transpose_rows(rows, k / 2, [&](int64_t i, V v) { store(out + 16 * i, v); });
+  } else {
+    transpose_rows(rows, k / 2, [&](int64_t i, V v) {
+      store(out + 32 * i, low_half(v));
+      store(out + 32 * i + 16, high_half(v));
+    });
+  }
+  if (in_bf16 && k % 2 != 0) {
+    float lanes[16];
+    for (int r = 0; r < 16; ++r) {
+      uint16_t value = 0;
+      if (rows[r] != nullptr) __builtin_memcpy(&value, rows[r] + 2 * (k - 1), 2);
+      const uint32_t word = panel_bf16 ? value : static_cast<uint32_t>(value) << 16;
+      __builtin_memcpy(lanes + r, &word, 4);
+    }
+    store(out + (panel_bf16 ? k / 2 : k - 1) * 16, load(lanes));
+  }
+}
+
+void pack_values(const std::byte* const* rows, bool in_bf16, int64_t count, int64_t head_dim,
+                 float* out, int64_t panel_stride) {
+  for (int64_t r = 0; r < count; ++r) {
+    float* to = out + 16 * r;
+    for (int64_t i = 0; i < head_dim; i += 16, to += panel_stride)
+      store(to, load_any(rows[r], in_bf16, i, head_dim));
+  }
+}
+
+void prefetch_rows(const std::byte* const* rows, int64_t count, int64_t bytes) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[r] + i, 0, 3);
 }
 
 void softmax(float* s, int64_t begin, int64_t end, float scale, float* max_out, float* sum_out) {
@@ -484,7 +520,8 @@ constexpr Kernels make_kernels() {
   k.rms_norm = rms_norm;
   k.rope = rope;
   k.pack_keys = pack_keys;
-  k.pack_value = pack_value;
+  k.pack_values = pack_values;
+  k.prefetch_rows = prefetch_rows;
   k.softmax = softmax;
   k.merge = merge;
   k.divide = divide;

@@ -131,6 +131,52 @@ inline __attribute__((always_inline)) void keep_alive(V& v) {
   __asm__ volatile("" : "+x"(v.lo), "+x"(v.hi));
 }
 
+inline V load_words(const std::byte* p) {
+  return {_mm256_castsi256_ps(load_int(p)), _mm256_castsi256_ps(load_int(p + 32))};
+}
+inline V low_half(V w) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(w.lo), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(w.hi), 16))};
+}
+inline V high_half(V w) {
+  const __m256 high = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {_mm256_and_ps(w.lo, high), _mm256_and_ps(w.hi, high)};
+}
+
+inline void transpose(__m256 (&r)[8]) {
+  __m256 a[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  __m256 b[8];
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+// v[i] lane j <-> v[j] lane i.
+inline void transpose(V (&v)[16]) {
+  __m256 q[4][8];
+  for (int i = 0; i < 8; ++i) {
+    q[0][i] = v[i].lo;
+    q[1][i] = v[i].hi;
+    q[2][i] = v[8 + i].lo;
+    q[3][i] = v[8 + i].hi;
+  }
+  for (auto& quarter : q) transpose(quarter);
+  for (int i = 0; i < 8; ++i) {
+    v[i] = {q[0][i], q[2][i]};
+    v[8 + i] = {q[1][i], q[3][i]};
+  }
+}
+
 #include "phalanx/ops/cpu/kernels.inl"
 
 }  // namespace

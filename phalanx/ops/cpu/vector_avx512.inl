@@ -88,3 +88,43 @@ inline float largest(V x) {
 }
 inline float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 inline __attribute__((always_inline)) void keep_alive(V& v) { __asm__ volatile("" : "+v"(v.v)); }
+
+inline V load_words(const std::byte* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
+inline V low_half(V words) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(words.v), 16))};
+}
+inline V high_half(V words) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(
+      _mm512_castps_si512(words.v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+}
+
+// v[i] lane j <-> v[j] lane i.
+inline __attribute__((always_inline)) void transpose(V (&v)[16]) {
+  __m512 a[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+  __m512 b[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    auto pd = [](__m512 x) { return _mm512_castps_pd(x); };
+    b[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(a[i]), pd(a[i + 2])));
+    b[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(a[i]), pd(a[i + 2])));
+    b[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(a[i + 1]), pd(a[i + 3])));
+    b[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(a[i + 1]), pd(a[i + 3])));
+  }
+  // b[4 g + c] holds, in quarter q, rows 4 g ... 4 g + 3 of column 4 q + c.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);    // quarters 0, 2
+    const __m512 low23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+    const __m512 high01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);   // quarters 1, 3
+    const __m512 high23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+    v[c].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    v[8 + c].v = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+    v[4 + c].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    v[12 + c].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+  }
+}
