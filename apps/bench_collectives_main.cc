@@ -1,3 +1,0 @@
-#include "apps/bench_collectives.h"
-
-int main(int argc, char** argv) { return bench_collectives(argc, argv); }

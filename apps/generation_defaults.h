@@ -1,0 +1,13 @@
+#pragma once
+
+#include <string>
+
+#include "phalanx/api/service.h"
+
+namespace phalanx::apps {
+
+// generation_config.json of a checkpoint (absent: no defaults) and the end-of-sequence ids, from
+// there or from config.json. Throws Error naming file and key.
+[[nodiscard]] api::GenerationDefaults read_generation_defaults(const std::string& model_directory);
+
+}  // namespace phalanx::apps

@@ -1,0 +1,363 @@
+#include "apps/node.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "apps/file_digest.h"
+#include "phalanx/base/check.h"
+#include "phalanx/base/log.h"
+#include "phalanx/base/progress.h"
+#include "phalanx/net/address.h"
+#include "phalanx/ops/isa.h"
+
+namespace phalanx::apps {
+namespace {
+
+constexpr double kRankAnswerSeconds = 60;
+constexpr double kLoadSeconds = 24 * 3600;
+
+// Ranks that share this machine's memory: those of every server whose address is local.
+int ranks_on_this_machine(const NodeConfig& config) {
+  int ranks = 0;
+  for (size_t s = 0; s < config.table.servers.size(); ++s) {
+    const cluster::Server& server = config.table.servers[s];
+    if (static_cast<int>(s) == config.own_server || net::is_local(server.address()))
+      ranks += static_cast<int>(server.devices.size());
+  }
+  return ranks;
+}
+
+models::ModelOptions model_options(const NodeConfig& config, const NodePlan& plan, int rank,
+                                   ops::Isa isa) {
+  return {.directory = config.model.weight_path,
+          .isa = isa,
+          .max_step_tokens = plan.max_step_tokens,
+          .max_step_rows = plan.max_step_rows,
+          .max_sequence = config.model.max_sequence,
+          .block_size = config.schedule.cache_block_size,
+          .weights = plan.weights,
+          .rank = rank};
+}
+
+// The KV cache gets what is left of fraction x memory after weights and workspaces
+// (config.json npuMemSize -1), or what npuMemSize says.
+void divide_memory(const NodeConfig& config, const HostResources& host, int sharing,
+                   NodePlan& plan) {
+  int64_t fixed = 0;
+  int64_t block = 0;
+  for (const models::MemoryNeed& need : plan.needs) {
+    fixed += need.weight_bytes + need.workspace_bytes;
+    block = std::max(block, need.kv_bytes_per_block);
+  }
+  const auto local = static_cast<int64_t>(plan.local_ranks.size());
+  const int64_t sequence_blocks =
+      (config.model.max_sequence + config.schedule.cache_block_size - 1) /
+      config.schedule.cache_block_size;
+  const double share = static_cast<double>(local) / sharing;
+  const auto usable = static_cast<int64_t>(static_cast<double>(host.memory_bytes) *
+                                           config.npu_memory_fraction * share);
+  const int64_t wanted = config.model.npu_mem_gb > 0 ? config.model.npu_mem_gb << 30
+                                                     : sequence_blocks * block;
+  if (fixed + local * wanted > usable) {
+    throw Error(
+        Code::kResourceExhausted,
+        fmt::format(
+            "not enough memory for {}: this node's {} rank{} need {} for weights and workspace and "
+            "at least {} each for {}, found {} ({} of {} by {}, times NPU_MEMORY_FRACTION {:.2f}). "
+            "Fix: use more nodes or ranks on other machines, lower maxSeqLen, maxPrefillTokens or "
+            "npuMemSize, or raise NPU_MEMORY_FRACTION",
+            config.model.weight_path, local, local == 1 ? "" : "s", format_bytes(fixed),
+            format_bytes(wanted),
+            config.model.npu_mem_gb > 0
+                ? fmt::format("the KV cache that npuMemSize {} asks for", config.model.npu_mem_gb)
+                : fmt::format("one sequence of maxSeqLen {}", config.model.max_sequence),
+            format_bytes(usable), format_bytes(static_cast<int64_t>(
+                                      static_cast<double>(host.memory_bytes) * share)),
+            format_bytes(host.memory_bytes), host.memory_source, config.npu_memory_fraction));
+  }
+  plan.kv_bytes_per_rank =
+      config.model.npu_mem_gb > 0 ? config.model.npu_mem_gb << 30 : (usable - fixed) / local;
+  plan.kv_blocks_wanted = sequence_blocks * config.schedule.max_batch;
+}
+
+}  // namespace
+
+NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
+  NodePlan plan;
+  plan.info = models::read_model_info(config.model.weight_path);
+  models::check_checkpoint(config.model.weight_path);
+  for (int rank = 0; rank < config.table.world_size; ++rank)
+    plan.weights.push_back(config.table.device_of_rank(rank).weight);
+  plan.layout = models::plan_layout(plan.info, plan.weights);
+  // Prompts longer than this are prefilled in pieces; the result does not depend on it.
+  constexpr int64_t kMostStepTokens = 2048;
+  plan.max_step_tokens = std::max(std::min(config.schedule.max_prefill_tokens, kMostStepTokens),
+                                  config.schedule.max_batch);
+  plan.max_step_rows = config.schedule.max_batch;
+  const ops::Isa isa = ops::choose_isa();
+  for (const cluster::Device& device :
+       config.table.servers[static_cast<size_t>(config.own_server)].devices) {
+    plan.local_ranks.push_back(device.rank_id);
+    plan.needs.push_back(
+        models::memory_need(plan.info, model_options(config, plan, device.rank_id, isa)));
+  }
+  const int sharing = ranks_on_this_machine(config);
+  divide_memory(config, host, sharing, plan);
+  const int cores = host.usable_cores();
+  const auto local = static_cast<int>(plan.local_ranks.size());
+  plan.threads_per_rank =
+      config.threads_per_rank > 0 ? config.threads_per_rank : std::max(1, cores / sharing);
+  // Pinned only where nobody else of this instance can want the same cores.
+  if (sharing == local && host.cpu_quota == 0 &&
+      plan.threads_per_rank * local <= static_cast<int>(host.cpus.size()))
+    plan.cpus.assign(host.cpus.begin(), host.cpus.begin() + plan.threads_per_rank * local);
+  return plan;
+}
+
+std::string layout_table(const NodeConfig& config, const NodePlan& plan) {
+  const auto range = [](tensor::Range r) {
+    return r.size() == 0 ? std::string("-") : fmt::format("{}-{}", r.begin, r.end - 1);
+  };
+  std::string text =
+      fmt::format("{:>5}  {:<22} {:>9} {:>9} {:>12} {:>12} {:>14}\n", "rank", "node", "heads",
+                  "kv heads", "hidden rows", "mlp rows", "vocabulary");
+  for (size_t rank = 0; rank < plan.layout.size(); ++rank) {
+    const models::RankLayout& l = plan.layout[rank];
+    const int server = config.table.server_of_rank(static_cast<int>(rank));
+    text += fmt::format("{:>5}  {:<22} {:>9} {:>9} {:>12} {:>12} {:>14}\n", rank,
+                        config.table.servers[static_cast<size_t>(server)].address(),
+                        range(l.query_heads), range(l.kv_heads), range(l.hidden_rows),
+                        range(l.mlp_rows), range(l.vocab_rows));
+  }
+  return text;
+}
+
+cluster::JoinFacts join_facts(const NodeConfig& config, const NodePlan& plan) {
+  const std::string& dir = config.model.weight_path;
+  return {{"numerics version", std::to_string(ops::kNumericsVersion)},
+          {"wire version", std::to_string(engine::kStepPlanVersion)},
+          {"rank table", config.table.digest()},
+          {"configuration", config.digest},
+          {"model type", plan.info.model_type},
+          {"model config.json", file_digest(dir + "/config.json")},
+          {"generation_config.json", file_digest(dir + "/generation_config.json")},
+          {"tokenizer.json", file_digest(dir + "/tokenizer.json")},
+          {"weights", weights_digest(dir)}};
+}
+
+Node::Node(const NodeConfig& config, const NodePlan& plan, Hooks hooks)
+    : config_(config), plan_(plan), hooks_(std::move(hooks)) {}
+
+Node::~Node() = default;
+
+cluster::NodeOffer Node::offer() const {
+  cluster::NodeOffer offer;
+  // PHALANX_CPU_ISA narrows what this node offers to the class of the path it names.
+  const ops::Isa best = ops::choose_isa();
+  for (const ops::Isa isa : ops::available_isas()) {
+    if (isa > best) break;
+    const std::string name(ops::numeric_class_name(ops::numeric_class_of(isa)));
+    if (std::find(offer.numeric_classes.begin(), offer.numeric_classes.end(), name) ==
+        offer.numeric_classes.end())
+      offer.numeric_classes.push_back(name);
+  }
+  const HostResources host = host_resources();
+  offer.build = PHALANX_VERSION;
+  offer.memory_bytes = host.memory_bytes;
+  offer.cores = host.usable_cores();
+  return offer;
+}
+
+UniqueFd Node::open_listener(const cluster::Device& device, cluster::RankEndpoint& endpoint) {
+  const cluster::Server& own = config_.table.servers[static_cast<size_t>(config_.own_server)];
+  const bool own_ip = !device.device_ip.empty() && net::is_local(device.device_ip);
+  endpoint.rank = device.rank_id;
+  endpoint.address = own_ip ? device.device_ip : own.address();
+  UniqueFd fd = comm::listen_on(endpoint.address, static_cast<uint16_t>(config_.data_port_begin),
+                                static_cast<uint16_t>(config_.data_port_end), &endpoint.port);
+  log_info("rank {}: data plane listens on {}:{}{}", device.rank_id, endpoint.address, endpoint.port,
+           own_ip || device.device_ip.empty()
+               ? ""
+               : fmt::format(" (device_ip {} is no address of this machine)", device.device_ip));
+  return fd;
+}
+
+std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& generation) {
+  generation_ = generation;
+  ops::Isa isa = ops::choose_isa();
+  if (ops::numeric_class_name(ops::numeric_class_of(isa)) != generation.numeric_class) {
+    for (const ops::NumericClass c :
+         {ops::NumericClass::kFma32, ops::NumericClass::kBf16Dp, ops::NumericClass::kAmx})
+      if (ops::numeric_class_name(c) == generation.numeric_class) isa = ops::best_isa_of(c);
+  }
+  log_info("kernels: {} (numeric class {}), {} thread{} per rank{}", ops::isa_name(isa),
+           generation.numeric_class, plan_.threads_per_rank, plan_.threads_per_rank == 1 ? "" : "s",
+           plan_.cpus.empty() ? ", not pinned" : fmt::format(", pinned to cores {}", fmt::join(plan_.cpus, ",")));
+
+  const cluster::Server& own = config_.table.servers[static_cast<size_t>(config_.own_server)];
+  const bool several_nodes = config_.table.servers.size() > 1;
+  if (own.devices.size() > 1)
+    node_memory_ = comm::create_node_memory(static_cast<int>(own.devices.size()));
+  std::vector<cluster::RankEndpoint> endpoints;
+  std::vector<RankStart> starts;
+  for (size_t i = 0; i < own.devices.size(); ++i) {
+    const int rank = own.devices[i].rank_id;
+    RankStart start;
+    start.spec.model = model_options(config_, plan_, rank, isa);
+    start.spec.vocab_size = plan_.info.vocab_size;
+    start.spec.max_blocks = plan_.kv_blocks_wanted;
+    start.spec.generation = generation.number;
+    start.spec.threads = plan_.threads_per_rank;
+    if (!plan_.cpus.empty()) {
+      const auto first = plan_.cpus.begin() + static_cast<std::ptrdiff_t>(i) * plan_.threads_per_rank;
+      start.spec.cpus.assign(first, first + plan_.threads_per_rank);
+    }
+    start.spec.log_level = static_cast<int>(log_enabled(LogLevel::kDebug)  ? LogLevel::kDebug
+                                            : log_enabled(LogLevel::kInfo) ? LogLevel::kInfo
+                                            : log_enabled(LogLevel::kWarn) ? LogLevel::kWarn
+                                                                           : LogLevel::kError);
+    if (rank == 0) {
+      start.spec.logits_folder = config_.logits_folder;
+      channel_limits_ = start.spec.limits(start.spec.max_blocks);
+      step_channel_ = engine::create_step_channel(channel_limits_);
+      start.step_channel = step_channel_.get();
+    }
+    cluster::RankEndpoint endpoint{.rank = rank, .address = own.address(), .port = 0};
+    if (several_nodes) {
+      listeners_.push_back(open_listener(own.devices[i], endpoint));
+      start.listener = listeners_.back().get();
+    }
+    start.node_memory = node_memory_.get();
+    endpoints.push_back(endpoint);
+    starts.push_back(std::move(start));
+  }
+  auto ranks = std::make_shared<RankSupervisor>(hooks_.fault);
+  {
+    const std::lock_guard lock(mutex_);
+    ranks_ = ranks;
+  }
+  ranks->start(starts, Deadline::in_seconds(kRankAnswerSeconds));
+  listeners_.clear();  // the ranks hold them now
+  return endpoints;
+}
+
+void Node::connect(const std::vector<comm::Member>& members) {
+  const double seconds = config_.connect_timeout_s > 0 ? config_.connect_timeout_s : 120;
+  (void)ranks_->call({{"op", "connect"},
+                      {"members", to_json(members)},
+                      {"token", token_to_hex(generation_.token)},
+                      {"connect_seconds", seconds}},
+                     "connected", Deadline::in_seconds(seconds + kRankAnswerSeconds));
+}
+
+void Node::show_progress(const std::atomic<bool>& done) const {
+  std::unique_ptr<Progress> bar;
+  int64_t shown = 0;
+  while (!done) {
+    int64_t read = 0;
+    int64_t total = 0;
+    for (const RankSupervisor::View& view : ranks_->views()) {
+      read += static_cast<int64_t>(view.page->bytes_read.load(std::memory_order_relaxed));
+      total += static_cast<int64_t>(view.page->bytes_to_read.load(std::memory_order_relaxed));
+    }
+    if (!bar && total > 0) bar = std::make_unique<Progress>("loading weights", total, ProgressUnit::kBytes);
+    if (bar && read > shown) {
+      bar->advance(read - shown);
+      shown = read;
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  }
+  if (bar) bar->done();
+}
+
+cluster::LoadResult Node::load() {
+  std::atomic<bool> done{false};
+  std::thread progress([&] { show_progress(done); });
+  cluster::LoadResult result;
+  try {
+    for (const nlohmann::json& answer :
+         ranks_->call({{"op", "load"}}, "loaded", Deadline::in_seconds(kLoadSeconds)))
+      result.bytes_read += answer.at("bytes_read").get<int64_t>();
+  } catch (...) {
+    done = true;
+    progress.join();
+    throw;
+  }
+  done = true;
+  progress.join();
+  result.kv_blocks = plan_.kv_blocks_wanted;
+  for (const models::MemoryNeed& need : plan_.needs)
+    if (need.kv_bytes_per_block > 0)
+      result.kv_blocks =
+          std::min(result.kv_blocks, plan_.kv_bytes_per_rank / need.kv_bytes_per_block);
+  return result;
+}
+
+void Node::allocate(int64_t kv_blocks) {
+  kv_blocks_ = kv_blocks;
+  log_info("KV cache: {} blocks of {} tokens on every rank", kv_blocks,
+           config_.schedule.cache_block_size);
+  if (step_channel_.valid())
+    channel_ = std::make_unique<engine::StepChannelHead>(step_channel_.get(), channel_limits_);
+  (void)ranks_->call({{"op", "allocate"}, {"blocks", kv_blocks}}, "allocated",
+                     Deadline::in_seconds(kRankAnswerSeconds));
+}
+
+void Node::serve() { hooks_.serve(); }
+
+std::vector<cluster::RankReport> Node::reports() {
+  std::shared_ptr<RankSupervisor> ranks;
+  {
+    const std::lock_guard lock(mutex_);
+    ranks = ranks_;
+  }
+  std::vector<cluster::RankReport> reports;
+  if (!ranks) return reports;
+  for (const RankSupervisor::View& view : ranks->views()) {
+    const engine::RankPage& page = *view.page;
+    const auto get = [](const std::atomic<uint64_t>& a) { return a.load(std::memory_order_relaxed); };
+    reports.push_back({.rank = view.rank,
+                       .pid = view.pid,
+                       .state = view.state,
+                       .counters = {{"generation", get(page.generation)},
+                                    {"step", get(page.step)},
+                                    {"steps_done", get(page.steps_done)},
+                                    {"tokens_done", get(page.tokens_done)},
+                                    {"compute_ns", get(page.compute_ns)},
+                                    {"transfer_ns", get(page.transfer_ns)},
+                                    {"wait_ns", get(page.wait_ns)},
+                                    {"bytes_sent", get(page.bytes_sent)},
+                                    {"bytes_received", get(page.bytes_received)},
+                                    {"bytes_shared", get(page.bytes_shared)},
+                                    {"bytes_read", get(page.bytes_read)},
+                                    {"bytes_to_read", get(page.bytes_to_read)},
+                                    {"weight_bytes", get(page.weight_bytes)},
+                                    {"kv_bytes", get(page.kv_bytes)}}});
+  }
+  return reports;
+}
+
+void Node::abort(const std::string& reason) noexcept {
+  std::shared_ptr<RankSupervisor> ranks;
+  {
+    const std::lock_guard lock(mutex_);
+    ranks = ranks_;
+  }
+  if (channel_) channel_->abort(reason);
+  if (ranks) ranks->abort(reason);
+}
+
+engine::StepChannelHead& Node::channel() {
+  PHALANX_CHECK(channel_ != nullptr);
+  return *channel_;
+}
+
+bool Node::wait_ranks_stopped(Deadline deadline) {
+  return ranks_ == nullptr || ranks_->wait_stopped(deadline);
+}
+
+}  // namespace phalanx::apps

@@ -1,0 +1,382 @@
+#include "apps/rank_supervisor.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <thread>
+
+#include "apps/message_socket.h"
+#include "phalanx/base/error.h"
+#include "phalanx/base/log.h"
+
+extern char** environ;
+
+namespace phalanx::apps {
+namespace {
+
+using nlohmann::json;
+
+struct RankProcess {
+  int rank = 0;
+  pid_t pid = -1;
+  UniqueFd pidfd;
+  std::unique_ptr<MessageSocket> socket;
+  UniqueFd page_fd;
+  engine::RankPage* page = nullptr;
+  std::string state = "starting";
+  std::deque<json> answers;
+  std::optional<Error> error;  // as the rank reported it
+  bool ended = false;
+  int status = 0;
+  std::mutex send_mutex;
+};
+
+std::string how_it_ended(int status) {
+  if (WIFSIGNALED(status)) {
+    const char* hint = WTERMSIG(status) == SIGKILL ? ", perhaps by the kernel's out-of-memory killer"
+                                                   : "";
+    return fmt::format("was killed by signal {} ({}{})", WTERMSIG(status),
+                       strsignal(WTERMSIG(status)), hint);
+  }
+  return fmt::format("ended with status {}", WEXITSTATUS(status));
+}
+
+// Moves every source above the targets first, so that no dup2 overwrites a source.
+pid_t spawn_rank(const std::vector<std::pair<int, int>>& source_to_target, int rank) {
+  std::vector<UniqueFd> raised;
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  for (const auto& [source, target] : source_to_target) {
+    raised.emplace_back(::fcntl(source, F_DUPFD_CLOEXEC, 64));
+    if (!raised.back().valid()) {
+      posix_spawn_file_actions_destroy(&actions);
+      throw Error(Code::kResourceExhausted,
+                  fmt::format("cannot start rank {}: {}", rank, std::strerror(errno)));
+    }
+    posix_spawn_file_actions_adddup2(&actions, raised.back().get(), target);
+  }
+  posix_spawnattr_t attributes;
+  posix_spawnattr_init(&attributes);
+  sigset_t none;
+  sigemptyset(&none);
+  posix_spawnattr_setsigmask(&attributes, &none);
+  posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK);
+  std::string number = std::to_string(rank);
+  char name[] = "phalanx";
+  char command[] = "rank";
+  char* const argv[] = {name, command, number.data(), nullptr};
+  pid_t pid = -1;
+  const int failed = ::posix_spawn(&pid, "/proc/self/exe", &actions, &attributes, argv, environ);
+  posix_spawnattr_destroy(&attributes);
+  posix_spawn_file_actions_destroy(&actions);
+  if (failed != 0)
+    throw Error(Code::kResourceExhausted,
+                fmt::format("cannot start rank {}: {}", rank, std::strerror(failed)));
+  return pid;
+}
+
+}  // namespace
+
+struct RankSupervisor::State {
+  explicit State(std::function<void(const Error&)> fault) : on_fault(std::move(fault)) {}
+
+  std::function<void(const Error&)> on_fault;
+  UniqueFd wake{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  mutable std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<std::unique_ptr<RankProcess>> ranks;
+  const std::vector<RankStart>* to_start = nullptr;
+  std::optional<Error> start_error;
+  bool calling = false;    // errors belong to the caller of call()
+  bool stopping = false;   // ends with status 0 are expected
+  bool aborted = false;
+  bool fault_told = false;
+  bool quit = false;
+  std::thread thread;
+
+  void nudge() const {
+    const uint64_t one = 1;
+    [[maybe_unused]] const ssize_t n = ::write(wake.get(), &one, sizeof one);
+  }
+
+  void send(RankProcess& rank, const json& message) {
+    const std::lock_guard lock(rank.send_mutex);
+    rank.socket->send(message);
+  }
+
+  void send_abort(const std::string& reason) {
+    for (const auto& rank : ranks) {
+      if (rank->ended) continue;
+      try {
+        send(*rank, {{"op", "abort"}, {"reason", reason}});
+      } catch (const std::exception&) {
+        // It is ending; its pidfd will tell.
+      }
+    }
+  }
+
+  void spawn_all() {
+    std::vector<std::unique_ptr<RankProcess>> started;
+    try {
+      for (const RankStart& start : *to_start) {
+        auto process = std::make_unique<RankProcess>();
+        process->rank = start.spec.model.rank;
+        process->page_fd = engine::create_rank_page();
+        process->page = engine::map_rank_page(process->page_fd.get());
+        auto [mine, theirs] = MessageSocket::make_pair();
+        std::vector<std::pair<int, int>> fds = {{theirs.get(), kControlFd},
+                                                {process->page_fd.get(), kPageFd}};
+        if (start.listener >= 0) fds.emplace_back(start.listener, kListenerFd);
+        if (start.node_memory >= 0) fds.emplace_back(start.node_memory, kNodeMemoryFd);
+        if (start.step_channel >= 0) fds.emplace_back(start.step_channel, kStepChannelFd);
+        process->pid = spawn_rank(fds, process->rank);
+        process->pidfd.reset(static_cast<int>(::syscall(SYS_pidfd_open, process->pid, 0)));
+        process->socket = std::make_unique<MessageSocket>(std::move(mine));
+        started.push_back(std::move(process));
+        send(*started.back(), {{"op", "start"}, {"spec", to_json(start.spec)}});
+      }
+    } catch (const Error& e) {
+      start_error = e;
+    }
+    const std::lock_guard lock(mutex);
+    for (auto& process : started) ranks.push_back(std::move(process));
+    to_start = nullptr;
+    changed.notify_all();
+  }
+
+  // True if something came.
+  void read_messages(RankProcess& rank) {
+    try {
+      std::optional<json> message = rank.socket->receive(Deadline::in_seconds(0));
+      if (!message) return;
+      const std::lock_guard lock(mutex);
+      const std::string event = message->at("event").get<std::string>();
+      if (event == "error") {
+        rank.error = Error(static_cast<Code>(message->at("code").get<int>()),
+                           message->at("message").get<std::string>());
+      } else {
+        rank.state = event;
+        rank.answers.push_back(std::move(*message));
+      }
+      changed.notify_all();
+    } catch (const Error& e) {
+      if (e.code() == Code::kDeadlineExceeded) return;
+      const std::lock_guard lock(mutex);
+      if (!rank.error) rank.error = e;
+      changed.notify_all();
+    }
+  }
+
+  void reap(RankProcess& rank) {
+    // What it said last may still be in the socket.
+    read_messages(rank);
+    int status = 0;
+    if (::waitpid(rank.pid, &status, WNOHANG) != rank.pid) return;
+    const std::lock_guard lock(mutex);
+    rank.ended = true;
+    rank.status = status;
+    rank.state = "ended";
+    if (!rank.error && !(WIFEXITED(status) && WEXITSTATUS(status) == 0))
+      rank.error = Error(Code::kUnavailable,
+                         fmt::format("rank {} (pid {}) {}", rank.rank, rank.pid, how_it_ended(status)));
+    else if (!rank.error && !stopping)
+      rank.error = Error(Code::kUnavailable,
+                         fmt::format("rank {} (pid {}) left unexpectedly", rank.rank, rank.pid));
+    changed.notify_all();
+  }
+
+  // The most telling error: a rank that was killed says more than those it took along.
+  std::optional<Error> first_error() const {
+    for (const auto& rank : ranks)
+      if (rank->error && rank->ended && WIFSIGNALED(rank->status)) return rank->error;
+    for (const auto& rank : ranks)
+      if (rank->error && rank->error->code() != Code::kAborted)
+        return Error(rank->error->code(), name_rank(*rank));
+    for (const auto& rank : ranks)
+      if (rank->error) return Error(rank->error->code(), name_rank(*rank));
+    return std::nullopt;
+  }
+  static std::string name_rank(const RankProcess& rank) {
+    const std::string text = rank.error->what();
+    const std::string name = fmt::format("rank {}", rank.rank);
+    return text.starts_with(name) ? text : name + ": " + text;
+  }
+
+  void look_for_fault() {
+    std::optional<Error> error;
+    {
+      const std::lock_guard lock(mutex);
+      if (fault_told || calling || stopping || quit) return;
+      error = first_error();
+      if (!error) return;
+      fault_told = true;
+    }
+    send_abort(error->what());
+    if (on_fault) on_fault(*error);
+  }
+
+  void run() {
+    while (true) {
+      std::vector<pollfd> fds = {{wake.get(), POLLIN, 0}};
+      std::vector<RankProcess*> live;
+      {
+        const std::lock_guard lock(mutex);
+        if (quit) return;
+        for (const auto& rank : ranks) {
+          if (rank->ended) continue;
+          live.push_back(rank.get());
+          fds.push_back({rank->pidfd.get(), POLLIN, 0});
+          fds.push_back({rank->socket->fd(), POLLIN, 0});
+        }
+      }
+      if (to_start != nullptr) {
+        spawn_all();
+        continue;
+      }
+      ::poll(fds.data(), fds.size(), 1000);
+      uint64_t count = 0;
+      [[maybe_unused]] const ssize_t n = ::read(wake.get(), &count, sizeof count);
+      for (size_t i = 0; i < live.size(); ++i) {
+        if (fds[2 + 2 * i].revents & POLLIN) read_messages(*live[i]);
+        if (fds[1 + 2 * i].revents != 0) reap(*live[i]);
+      }
+      look_for_fault();
+    }
+  }
+};
+
+RankSupervisor::RankSupervisor(std::function<void(const Error&)> on_fault)
+    : state_(std::make_unique<State>(std::move(on_fault))) {
+  state_->thread = std::thread([s = state_.get()] { s->run(); });
+}
+
+RankSupervisor::~RankSupervisor() {
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->quit = true;
+  }
+  state_->nudge();
+  state_->thread.join();
+  for (const auto& rank : state_->ranks) {
+    if (rank->ended) continue;
+    ::kill(rank->pid, SIGKILL);
+    ::waitpid(rank->pid, nullptr, 0);
+  }
+}
+
+void RankSupervisor::start(const std::vector<RankStart>& ranks, Deadline deadline) {
+  {
+    std::unique_lock lock(state_->mutex);
+    state_->to_start = &ranks;
+    state_->calling = true;
+    state_->nudge();
+    state_->changed.wait(lock, [this] { return state_->to_start == nullptr; });
+    if (state_->start_error) throw *state_->start_error;
+  }
+  (void)call(json(), "started", deadline);
+}
+
+std::vector<json> RankSupervisor::call(const json& order, const std::string& event,
+                                       Deadline deadline) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->calling = true;
+  }
+  if (!order.is_null()) {
+    for (const auto& rank : state_->ranks) {
+      try {
+        state_->send(*rank, order);
+      } catch (const std::exception&) {
+        // It has ended; the wait below tells how.
+      }
+    }
+  }
+  std::unique_lock lock(state_->mutex);
+  const auto all_answered = [this] {
+    for (const auto& rank : state_->ranks)
+      if (rank->answers.empty()) return false;
+    return true;
+  };
+  const auto any_error = [this] { return state_->first_error().has_value(); };
+  const bool in_time = state_->changed.wait_until(
+      lock, deadline.when(), [&] { return all_answered() || any_error(); });
+  if (any_error()) {
+    // Give a killed rank's story a moment to arrive before those of its victims.
+    state_->changed.wait_for(lock, std::chrono::milliseconds(100), [] { return false; });
+    const Error error = *state_->first_error();
+    lock.unlock();
+    state_->send_abort(error.what());
+    throw error;
+  }
+  if (!in_time) {
+    std::string missing;
+    for (const auto& rank : state_->ranks)
+      if (rank->answers.empty()) missing += fmt::format(" {}", rank->rank);
+    lock.unlock();
+    state_->send_abort("deadline");
+    throw Error(Code::kDeadlineExceeded,
+                fmt::format("no answer '{}' in time from rank{}", event, missing));
+  }
+  std::vector<json> answers;
+  for (const auto& rank : state_->ranks) {
+    answers.push_back(std::move(rank->answers.front()));
+    rank->answers.pop_front();
+  }
+  state_->calling = false;
+  lock.unlock();
+  state_->nudge();
+  return answers;
+}
+
+void RankSupervisor::abort(const std::string& reason) noexcept {
+  {
+    const std::lock_guard lock(state_->mutex);
+    if (state_->aborted) return;
+    state_->aborted = true;
+    state_->fault_told = true;
+  }
+  try {
+    state_->send_abort(reason);
+  } catch (const std::exception& e) {
+    log_warn("telling the local ranks to abort: {}", e.what());
+  }
+}
+
+bool RankSupervisor::wait_stopped(Deadline deadline) {
+  std::unique_lock lock(state_->mutex);
+  state_->stopping = true;
+  const bool all = state_->changed.wait_until(lock, deadline.when(), [this] {
+    for (const auto& rank : state_->ranks)
+      if (!rank->ended) return false;
+    return true;
+  });
+  bool clean = all;
+  for (const auto& rank : state_->ranks) {
+    if (!rank->ended) ::kill(rank->pid, SIGKILL);
+    clean = clean && WIFEXITED(rank->status) && WEXITSTATUS(rank->status) == 0;
+  }
+  return clean;
+}
+
+std::vector<RankSupervisor::View> RankSupervisor::views() const {
+  const std::lock_guard lock(state_->mutex);
+  std::vector<View> views;
+  for (const auto& rank : state_->ranks)
+    views.push_back({rank->rank, rank->pid, rank->state, rank->page});
+  return views;
+}
+
+}  // namespace phalanx::apps
