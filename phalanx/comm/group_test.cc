@@ -107,7 +107,8 @@ void check_all_reduce(Group& group, int64_t count) {
     std::memcpy(&expected[i], sums, std::min(kPeriod, count - i) * sizeof(float));
   }
   group.all_reduce(values);
-  EXPECT_EQ(std::memcmp(values.data(), expected.data(), count * sizeof(float)), 0)
+  EXPECT_TRUE(count == 0 ||
+              std::memcmp(values.data(), expected.data(), count * sizeof(float)) == 0)
       << "all_reduce of " << count << " on rank " << group.rank();
 }
 
