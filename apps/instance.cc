@@ -182,7 +182,9 @@ struct Instance::State {
     {
       const std::lock_guard lock(mutex);
       if (failure || stopping) return;
-      failure = Error(error.code(), fmt::format("node {}: {}", address, error.what()));
+      const std::string name = fmt::format("node {}", address);
+      const std::string text = error.what();
+      failure = Error(error.code(), text.starts_with(name) ? text : name + ": " + text);
       if (node_lost) lost.push_back(address);
       log_error("the instance failed: {}", failure->what());
     }

@@ -322,7 +322,7 @@ std::vector<cluster::RankReport> Node::reports() {
     const auto get = [](const std::atomic<uint64_t>& a) { return a.load(std::memory_order_relaxed); };
     reports.push_back({.rank = view.rank,
                        .pid = view.pid,
-                       .state = view.state,
+                       .state = view.state == "allocated" ? "serving" : view.state,
                        .counters = {{"generation", get(page.generation)},
                                     {"step", get(page.step)},
                                     {"steps_done", get(page.steps_done)},

@@ -142,6 +142,8 @@ void follow(MessageSocket& socket) {
   std::unique_ptr<engine::StepChannelRank> channel;
   std::unique_ptr<models::Model> model;
   const GroupLease lease(orders);
+  const models::MemoryNeed need =
+      models::memory_need(models::read_model_info(spec.model.directory), spec.model);
   for (;;) {
     const json order = orders.next();
     const std::string op = order.at("op").get<std::string>();
@@ -158,6 +160,7 @@ void follow(MessageSocket& socket) {
         page->heartbeat.fetch_add(1, std::memory_order_relaxed);
       });
       const models::LoadStats& stats = model->load_stats();
+      page->weight_bytes.store(static_cast<uint64_t>(need.weight_bytes), std::memory_order_relaxed);
       page->bytes_read.store(static_cast<uint64_t>(stats.bytes_read), std::memory_order_relaxed);
       socket.send({{"event", "loaded"},
                    {"bytes_read", stats.bytes_read},
@@ -166,6 +169,8 @@ void follow(MessageSocket& socket) {
     } else if (op == "allocate") {
       const int64_t blocks = order.at("blocks").get<int64_t>();
       model->allocate_kv(blocks);
+      page->kv_bytes.store(static_cast<uint64_t>(blocks * need.kv_bytes_per_block),
+                           std::memory_order_relaxed);
       socket.send({{"event", "allocated"}});
       engine::run_worker({.generation = spec.generation,
                           .limits = spec.limits(blocks),
