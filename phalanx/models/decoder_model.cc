@@ -175,13 +175,13 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
   layers::WeightPlan measured(config.info.dtype, options.isa);
   (void)DecoderLayers(measured, config, layout, 0, options.rank);
   arena_ = std::make_unique<weights::Arena>(measured.arena_bytes());
+  (void)arena_->take_huge_pages();
   layers::WeightPlan plan(config.info.dtype, options.isa, arena_->data());
   layers_ = std::make_unique<DecoderLayers>(plan, config, layout, options.max_step_tokens,
                                             options.rank);
   weights::WeightSource source(checkpoint);
   plan.load(source, pool, progress);
   (void)source.finish(known_extras);
-  (void)arena_->collapse();
 
   rope_ = ops::make_rope_table(layers::inverse_frequencies(config.rotary, config.info.head_dim),
                                options.max_sequence, 1.0);

@@ -26,24 +26,40 @@ constexpr int64_t kHugePage = 2 << 20;
 }  // namespace
 
 Arena::Arena(int64_t bytes) : bytes_(bytes) {
-  PHALANX_CHECK(bytes >= 0);
+  PHALANX_CHECK(bytes >= 0 && bytes <= INT64_MAX - 2 * kHugePage);
+  // Only aligned ranges can be huge: reserve more, keep the aligned part.
   mapped_ = std::max<int64_t>(1, (bytes + kHugePage - 1) / kHugePage) * kHugePage;
   fd_.reset(::memfd_create("phalanx-weights", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   void* at = MAP_FAILED;
   if (fd_.valid() && ::ftruncate(fd_.get(), mapped_) == 0)
-    at = ::mmap(nullptr, static_cast<size_t>(mapped_), PROT_READ | PROT_WRITE, MAP_SHARED,
-                fd_.get(), 0);
+    at = ::mmap(nullptr, static_cast<size_t>(mapped_ + kHugePage), PROT_NONE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at != MAP_FAILED) {
+    const auto begin = reinterpret_cast<uintptr_t>(at);
+    const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = begin + static_cast<uintptr_t>(mapped_ + kHugePage);
+    if (aligned > begin) ::munmap(at, aligned - begin);
+    const uintptr_t own_end = aligned + static_cast<uintptr_t>(mapped_);
+    if (end > own_end) ::munmap(reinterpret_cast<void*>(own_end), end - own_end);
+    at = ::mmap(reinterpret_cast<void*>(aligned), static_cast<size_t>(mapped_),
+                PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_.get(), 0);
+    if (at == MAP_FAILED)
+      ::munmap(reinterpret_cast<void*>(aligned), static_cast<size_t>(mapped_));
+  }
   if (at == MAP_FAILED)
     throw Error(Code::kResourceExhausted,
                 fmt::format("cannot map {} bytes for the weights of this rank: {}", mapped_,
                             std::strerror(errno)));
   data_ = static_cast<std::byte*>(at);
-  (void)::madvise(at, static_cast<size_t>(mapped_), MADV_HUGEPAGE);
 }
 
 Arena::~Arena() { ::munmap(data_, static_cast<size_t>(mapped_)); }
 
-bool Arena::collapse() {
+bool Arena::take_huge_pages() {
+  (void)::madvise(data_, static_cast<size_t>(mapped_), MADV_HUGEPAGE);
+  // A range without any page cannot be collapsed.
+  for (int64_t at = 0; at < mapped_; at += kHugePage) data_[at] = std::byte{0};
+  // In one call: each waits for every processor of the machine once.
   return ::madvise(data_, static_cast<size_t>(mapped_), MADV_COLLAPSE) == 0;
 }
 

@@ -17,12 +17,13 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
-  [[nodiscard]] std::byte* data() const { return data_; }  // page-aligned
+  [[nodiscard]] std::byte* data() const { return data_; }  // aligned to huge pages
   [[nodiscard]] int64_t bytes() const { return bytes_; }
   [[nodiscard]] int fd() const { return fd_.get(); }  // lent; close-on-exec
 
-  // Asks for huge pages for what has been written. Best effort; false where the kernel refuses.
-  bool collapse();
+  // Takes all of the memory now, in huge pages: before packing, so that nothing is copied and few
+  // pages fault. Best effort; false where some lies in small pages.
+  bool take_huge_pages();
   // From now on read-only, in every mapping yet to be made too. Throws Error(kInternal).
   void seal();
 
