@@ -45,8 +45,8 @@ std::string status_line_and_id(int status) {
 
 class Exchange final : public Responder {
  public:
-  Exchange(std::weak_ptr<Connection> connection, Strand strand, uint64_t number)
-      : connection_(std::move(connection)), strand_(std::move(strand)), number_(number) {}
+  Exchange(std::weak_ptr<Connection> connection, uint64_t number)
+      : connection_(std::move(connection)), number_(number) {}
   ~Exchange() override {
     if (!ended_) later([n = number_](Connection& c) { c.dropped(n); });
   }
@@ -80,7 +80,8 @@ class Exchange final : public Responder {
   }
 
  private:
-  // The connection is held while its strand is touched: it keeps the io_context alive.
+  // A handler may keep us longer than the server lives, so we own nothing of its io_context; the
+  // connection is held while its strand is touched.
   template <typename Call>
   void later(Call call) {
     if (auto connection = connection_.lock()) {
@@ -90,7 +91,6 @@ class Exchange final : public Responder {
   }
 
   std::weak_ptr<Connection> connection_;
-  Strand strand_;
   uint64_t number_;
   std::atomic<bool> ended_{false};
 };
@@ -275,7 +275,7 @@ void Connection::dispatch() {
     if (!allow.empty()) none.headers.emplace_back("Allow", allow);
     return respond(number_, std::move(none));
   }
-  auto exchange = std::make_shared<Exchange>(weak_from_this(), strand_, number_);
+  auto exchange = std::make_shared<Exchange>(weak_from_this(), number_);
   try {
     (*handler)(std::move(request), exchange);
   } catch (const std::exception& e) {
