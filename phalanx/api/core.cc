@@ -8,11 +8,12 @@
 
 namespace phalanx::api {
 
-Core::Core(ServiceOptions service_options, EnginePort& engine_port,
+Core::Core(ServiceOptions service_options, std::shared_ptr<EnginePort> engine_port,
            std::shared_ptr<const TextPort> text_port, std::function<InstanceHealth()> health_call,
            std::function<std::string()> status_call, std::function<void()> stop_call, bool monitored)
     : options(std::move(service_options)),
-      engine(engine_port),
+      engine_owner(std::move(engine_port)),
+      engine(*engine_owner),
       text(std::move(text_port)),
       health(std::move(health_call)),
       status_json(std::move(status_call)),

@@ -14,14 +14,14 @@
 
 namespace phalanx::api {
 
-// What all routes of one instance share. Handlers hold it by shared_ptr; the engine behind `engine`
-// must outlive the server's last handler (Server::stop).
+// What all routes of one instance share. Handlers hold it by shared_ptr.
 struct Core {
-  Core(ServiceOptions options, EnginePort& engine, std::shared_ptr<const TextPort> text,
+  Core(ServiceOptions options, std::shared_ptr<EnginePort> engine,
+       std::shared_ptr<const TextPort> text,
        std::function<InstanceHealth()> health, std::function<std::string()> status_json,
        std::function<void()> stop, bool monitor);
   ~Core();
-  // Calls neither engine nor server any more. After Server::stop, before the engine goes. Idempotent.
+  // Threads of this object end and the work queue closes. Handlers may still run. Idempotent.
   void shut_down();
 
   // Throws Refused unless inference may begin.
@@ -30,6 +30,7 @@ struct Core {
   void handle(const std::shared_ptr<Responder>& responder, std::function<void()> body) const;
 
   const ServiceOptions options;
+  const std::shared_ptr<EnginePort> engine_owner;
   EnginePort& engine;
   const std::shared_ptr<const TextPort> text;
   const std::function<InstanceHealth()> health;

@@ -29,7 +29,7 @@ Refusal refusal_of(SubmitResult result, const std::string& detail) {
     case SubmitResult::kQueueFull:
       return unavailable("The request queue is full, try again later. " + detail, 1);
     case SubmitResult::kPromptTooLong:
-      return generation_error(kEnqueue + "The prompt is too long. " + detail);
+      return generation_error(kEnqueue + (detail.empty() ? "The prompt is too long" : detail));
     case SubmitResult::kBadToken:
       return generation_error(kEnqueue + "Invalid Input Ids");
     case SubmitResult::kBadParameter:

@@ -1,6 +1,7 @@
 #include "phalanx/api/openai_answer.h"
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 #include <numeric>
 
 namespace phalanx::api {

@@ -1,6 +1,8 @@
 #include "phalanx/api/service.h"
 
 #include <cstdlib>
+#include <mutex>
+#include <shared_mutex>
 #include <string_view>
 
 #include "phalanx/api/core.h"
@@ -11,19 +13,36 @@
 namespace phalanx::api {
 namespace {
 
+// The engine until detach(); then one that takes nothing, for handlers that are still running.
 class RealEngine final : public EnginePort {
  public:
-  explicit RealEngine(engine::Engine& engine) : engine_(engine) {}
+  explicit RealEngine(engine::Engine& engine) : engine_(&engine) {}
+  void detach() {
+    const std::unique_lock lock(mutex_);
+    engine_ = nullptr;
+  }
   engine::SubmitResult submit(engine::GenerateRequest request,
                               std::shared_ptr<engine::EventSink> sink, std::string* detail) override {
-    return engine_.submit(std::move(request), std::move(sink), detail);
+    const std::shared_lock lock(mutex_);
+    return engine_ != nullptr ? engine_->submit(std::move(request), std::move(sink), detail)
+                              : engine::SubmitResult::kStopped;
   }
-  void cancel(const std::string& id) override { engine_.cancel(id); }
-  engine::EngineStats stats() const override { return engine_.stats(); }
-  int64_t max_queue() const override { return engine_.options().max_queue; }
+  void cancel(const std::string& id) override {
+    const std::shared_lock lock(mutex_);
+    if (engine_ != nullptr) engine_->cancel(id);
+  }
+  engine::EngineStats stats() const override {
+    const std::shared_lock lock(mutex_);
+    return engine_ != nullptr ? engine_->stats() : engine::EngineStats{};
+  }
+  int64_t max_queue() const override {
+    const std::shared_lock lock(mutex_);
+    return engine_ != nullptr ? engine_->options().max_queue : 0;
+  }
 
  private:
-  engine::Engine& engine_;
+  mutable std::shared_mutex mutex_;
+  engine::Engine* engine_;
 };
 
 class RealStream final : public TokenStream {
@@ -76,7 +95,7 @@ bool monitor_wanted() {
 }  // namespace
 
 struct Service::State {
-  RealEngine engine;
+  std::shared_ptr<RealEngine> engine;
   std::shared_ptr<Core> core;
 };
 
@@ -85,14 +104,17 @@ Service::Service(ServiceOptions options, engine::Engine& engine,
                  std::shared_ptr<const text::ChatTemplate> chat_template,
                  std::function<InstanceHealth()> health, std::function<std::string()> status_json,
                  std::function<void()> stop)
-    : state_(new State{RealEngine(engine), nullptr}) {
+    : state_(new State{std::make_shared<RealEngine>(engine), nullptr}) {
   state_->core = std::make_shared<Core>(
       std::move(options), state_->engine,
       std::make_shared<RealText>(std::move(tokenizer), std::move(chat_template)), std::move(health),
       std::move(status_json), std::move(stop), monitor_wanted());
 }
 
-Service::~Service() { state_->core->shut_down(); }
+Service::~Service() {
+  state_->core->shut_down();
+  state_->engine->detach();
+}
 
 void Service::mount(Server& server) { mount_all(state_->core, server); }
 

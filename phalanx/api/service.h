@@ -50,7 +50,8 @@ struct InstanceHealth {
   std::string reason;                       // for kFailed: which node, which rank, why
 };
 
-// The routes of an instance. Stop the server before this goes, and keep the engine until then.
+// The routes of an instance. Stop the server before this goes (what still runs afterwards finds a
+// stopped engine); the engine must live until then.
 class Service {
  public:
   Service(ServiceOptions options, engine::Engine& engine,

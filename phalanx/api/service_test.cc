@@ -222,7 +222,7 @@ TEST(Service, SaysWhyTheEngineDidNotTakeARequest) {
   instance.engine.detail = "The KV cache holds 128.";
   expect_refused(
       post(instance.port, kChat, chat()), 424, "Generation Error",
-      "Failed to enqueue inferRequest. The prompt is too long. The KV cache holds 128.");
+      "Failed to enqueue inferRequest. The KV cache holds 128.");
   EXPECT_EQ(instance.core->generate.active(), 0);
 }
 

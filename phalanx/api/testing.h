@@ -207,7 +207,7 @@ struct Instance {
                     bool chat_template = true)
       : text(std::make_shared<ByteText>(chat_template)), server(listening(std::move(http))) {
     core = std::make_shared<Core>(
-        std::move(service), engine, text,
+        std::move(service), std::shared_ptr<EnginePort>(std::shared_ptr<void>(), &engine), text,
         [this] {
           const std::lock_guard lock(mutex);
           return health;
