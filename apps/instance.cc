@@ -224,17 +224,25 @@ struct Instance::State {
       changed.wait(lock, [this] { return stopping || failure.has_value(); });
     }
     if (failure) {
-      if (head) head->drain(Deadline::in_seconds(1));  // let the errors reach the clients
+      close_head(Deadline::in_seconds(1));  // let the errors reach the clients
       coordinator->fail(*failure, Deadline::in_seconds(kLeaveSeconds));
       return 1;
     }
-    if (head) head->drain(Deadline::in_seconds(kDrainSeconds));
-    if (!engine->drain(Deadline::in_seconds(0)))
+    close_head(Deadline::in_seconds(kDrainSeconds));
+    // Clients that were cut off have cancelled; give their sequences a step to leave.
+    if (!engine->drain(Deadline::in_seconds(1)))
       engine->fail(Error(Code::kUnavailable, "the service is stopping: " + stop_reason));
     engine.reset();
     stop_ranks();
     coordinator->stop(stop_reason, Deadline::in_seconds(kLeaveSeconds));
     return node.wait_ranks_stopped(Deadline::in_seconds(kLeaveSeconds)) ? 0 : 1;
+  }
+
+  // The head holds on to the engine, so it goes first.
+  void close_head(Deadline deadline) {
+    if (!head) return;
+    head->drain(deadline);
+    head.reset();
   }
 
   // The last plan: every rank leaves its loop.

@@ -40,7 +40,8 @@ models::ModelOptions model_options(const NodeConfig& config, const NodePlan& pla
           .max_sequence = config.model.max_sequence,
           .block_size = config.schedule.cache_block_size,
           .weights = plan.weights,
-          .rank = rank};
+          .rank = rank,
+          .threads = plan.threads_per_rank};
 }
 
 // The KV cache gets what is left of fraction x memory after weights and workspaces
@@ -84,6 +85,18 @@ void divide_memory(const NodeConfig& config, const HostResources& host, int shar
   plan.kv_blocks_wanted = sequence_blocks * config.schedule.max_batch;
 }
 
+void place_threads(const NodeConfig& config, const HostResources& host, int sharing,
+                   NodePlan& plan) {
+  const auto local = static_cast<int>(plan.local_ranks.size());
+  plan.threads_per_rank = config.threads_per_rank > 0
+                              ? config.threads_per_rank
+                              : std::max(1, host.usable_cores() / sharing);
+  // Pinned only where nobody else of this instance can want the same cores.
+  if (sharing == local && host.cpu_quota == 0 &&
+      plan.threads_per_rank * local <= static_cast<int>(host.cpus.size()))
+    plan.cpus.assign(host.cpus.begin(), host.cpus.begin() + plan.threads_per_rank * local);
+}
+
 }  // namespace
 
 NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
@@ -98,23 +111,15 @@ NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
   plan.max_step_tokens = std::max(std::min(config.schedule.max_prefill_tokens, kMostStepTokens),
                                   config.schedule.max_batch);
   plan.max_step_rows = config.schedule.max_batch;
-  const ops::Isa isa = ops::choose_isa();
   for (const cluster::Device& device :
-       config.table.servers[static_cast<size_t>(config.own_server)].devices) {
+       config.table.servers[static_cast<size_t>(config.own_server)].devices)
     plan.local_ranks.push_back(device.rank_id);
-    plan.needs.push_back(
-        models::memory_need(plan.info, model_options(config, plan, device.rank_id, isa)));
-  }
   const int sharing = ranks_on_this_machine(config);
+  place_threads(config, host, sharing, plan);
+  const ops::Isa isa = ops::choose_isa();
+  for (const int rank : plan.local_ranks)
+    plan.needs.push_back(models::memory_need(plan.info, model_options(config, plan, rank, isa)));
   divide_memory(config, host, sharing, plan);
-  const int cores = host.usable_cores();
-  const auto local = static_cast<int>(plan.local_ranks.size());
-  plan.threads_per_rank =
-      config.threads_per_rank > 0 ? config.threads_per_rank : std::max(1, cores / sharing);
-  // Pinned only where nobody else of this instance can want the same cores.
-  if (sharing == local && host.cpu_quota == 0 &&
-      plan.threads_per_rank * local <= static_cast<int>(host.cpus.size()))
-    plan.cpus.assign(host.cpus.begin(), host.cpus.begin() + plan.threads_per_rank * local);
   return plan;
 }
 
@@ -235,7 +240,7 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
     endpoints.push_back(endpoint);
     starts.push_back(std::move(start));
   }
-  auto ranks = std::make_shared<RankSupervisor>(hooks_.fault);
+  auto ranks = std::make_shared<RankSupervisor>("node " + own.address(), hooks_.fault);
   {
     const std::lock_guard lock(mutex_);
     ranks_ = ranks;

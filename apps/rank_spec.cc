@@ -49,6 +49,7 @@ RankSpec rank_spec_from_json(const json& j) {
   s.max_blocks = j.at("max_blocks").get<int64_t>();
   s.generation = j.at("generation").get<uint64_t>();
   s.threads = j.at("threads").get<int>();
+  s.model.threads = s.threads;
   s.cpus = j.at("cpus").get<std::vector<int>>();
   s.logits_folder = j.at("logits_folder").get<std::string>();
   s.log_level = j.at("log_level").get<int>();

@@ -91,8 +91,10 @@ pid_t spawn_rank(const std::vector<std::pair<int, int>>& source_to_target, int r
 }  // namespace
 
 struct RankSupervisor::State {
-  explicit State(std::function<void(const Error&)> fault) : on_fault(std::move(fault)) {}
+  State(std::string n, std::function<void(const Error&)> fault)
+      : node(std::move(n)), on_fault(std::move(fault)) {}
 
+  std::string node;
   std::function<void(const Error&)> on_fault;
   UniqueFd wake{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   mutable std::mutex mutex;
@@ -200,19 +202,23 @@ struct RankSupervisor::State {
 
   // The most telling error: a rank that was killed says more than those it took along.
   std::optional<Error> first_error() const {
+    const auto killed = [](const RankProcess& r) { return r.ended && WIFSIGNALED(r.status); };
+    const auto own = [](const RankProcess& r) { return r.error->code() != Code::kAborted; };
     for (const auto& rank : ranks)
-      if (rank->error && rank->ended && WIFSIGNALED(rank->status)) return rank->error;
+      if (rank->error && killed(*rank)) return place(*rank);
     for (const auto& rank : ranks)
-      if (rank->error && rank->error->code() != Code::kAborted)
-        return Error(rank->error->code(), name_rank(*rank));
+      if (rank->error && own(*rank)) return place(*rank);
     for (const auto& rank : ranks)
-      if (rank->error) return Error(rank->error->code(), name_rank(*rank));
+      if (rank->error) return place(*rank);
     return std::nullopt;
   }
-  static std::string name_rank(const RankProcess& rank) {
+  // The rank's error with node and rank before it.
+  Error place(const RankProcess& rank) const {
     const std::string text = rank.error->what();
     const std::string name = fmt::format("rank {}", rank.rank);
-    return text.starts_with(name) ? text : name + ": " + text;
+    return {rank.error->code(),
+            text.starts_with(name) ? fmt::format("{}: {}", node, text)
+                                   : fmt::format("{}: {}: {}", node, name, text)};
   }
 
   void look_for_fault() {
@@ -258,8 +264,8 @@ struct RankSupervisor::State {
   }
 };
 
-RankSupervisor::RankSupervisor(std::function<void(const Error&)> on_fault)
-    : state_(std::make_unique<State>(std::move(on_fault))) {
+RankSupervisor::RankSupervisor(std::string node, std::function<void(const Error&)> on_fault)
+    : state_(std::make_unique<State>(std::move(node), std::move(on_fault))) {
   state_->thread = std::thread([s = state_.get()] { s->run(); });
 }
 

@@ -28,8 +28,8 @@ struct RankStart {
 class RankSupervisor {
  public:
   // on_fault: once, from the supervisor's thread, when a rank ends or reports an error outside a
-  // call(). The other local ranks have been told to abort by then.
-  explicit RankSupervisor(std::function<void(const Error&)> on_fault);
+  // call(). The other local ranks have been told to abort by then. `node` begins every error.
+  RankSupervisor(std::string node, std::function<void(const Error&)> on_fault);
   ~RankSupervisor();  // kills what still runs, reaps everything
 
   // Starts all ranks and waits until each has answered. Throws Error naming the rank.

@@ -210,7 +210,9 @@ def test_truncated_weight_file(instance, model, tmp_path):
     raw = file.read_bytes()
     file.unlink()
     file.write_bytes(raw[:-1000])
-    refused(single_node(instance, modelWeightPath=str(copy)), str(file), str(len(raw) - 1000))
+    header = 8 + struct.unpack("<Q", raw[:8])[0]
+    refused(single_node(instance, modelWeightPath=str(copy)), str(file), "outside the file",
+            str(len(raw) - 1000 - header), "fetch it again")
 
 
 def test_index_that_names_an_absent_tensor(instance, model, tmp_path):
@@ -219,6 +221,8 @@ def test_index_that_names_an_absent_tensor(instance, model, tmp_path):
     raw = file.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     names = [n for n in json.loads(raw[8:8 + length]) if n != "__metadata__"]
+    # A directory with model.safetensors needs no index, so the file takes a part's name.
+    file = file.rename(copy / "model-00001-of-00001.safetensors")
     index = {"metadata": {}, "weight_map": {n: file.name for n in [*names, "model.absent.weight"]}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     (copy / "model.safetensors.index.json").chmod(0o640)

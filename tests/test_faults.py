@@ -89,7 +89,8 @@ def test_sigkill_gives_running_requests_an_error_that_names_the_node(victim, tmp
                 assert status >= 500 and expected in body, (status, body)
             status, body = stream.result(30)
             assert time.monotonic() - killed < KILL_SECONDS
-            assert status == 200 and "error" in body and expected in body, body[-2000:]
+            # 200 and an error event, or, where not even the first token was there, a plain 500.
+            assert status in (200, 500) and "error" in body and expected in body, body[-2000:]
         for node in instance.nodes.values():
             status = node.wait(10)
             assert status != 0

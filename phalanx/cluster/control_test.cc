@@ -385,8 +385,8 @@ TEST_F(Control, BothSidesSayForWhomTheyWait) {
   make_master();
   auto started = std::async(std::launch::async, [&] { return start_master(); });
   EXPECT_TRUE(wait_for_log(
-      "] waiting; here: 127.0.0.1 (master), 127.0.0.2; missing: 127.0.0.3 (for "));
-  EXPECT_TRUE(wait_for_log("joined, waiting; here: 127.0.0.1 (master), 127.0.0.2; missing:"));
+      "] here: 127.0.0.1 (master), 127.0.0.2; waiting for 127.0.0.3 (for "));
+  EXPECT_TRUE(wait_for_log("joined; here: 127.0.0.1 (master), 127.0.0.2; waiting for"));
   start_slave(2);
   EXPECT_EQ(started.get().text, "");
 }
@@ -415,7 +415,7 @@ TEST_F(Control, MismatchIsShownOnBothSides) {
   EXPECT_TRUE(contains(refused.text, rows)) << refused.text;
   EXPECT_FALSE(contains(refused.text, "wire_version")) << refused.text;
   EXPECT_TRUE(contains(log(), rows)) << log();
-  EXPECT_TRUE(wait_for_log("missing: 127.0.0.2 (for 0 s, last: refused: node 127.0.0.2"));
+  EXPECT_TRUE(wait_for_log("waiting for 127.0.0.2 (for 0 s, last: refused: node 127.0.0.2"));
   start_slave(1);  // mended
   EXPECT_EQ(started.get().text, "");
 }
@@ -571,9 +571,9 @@ TEST_F(Control, SlowLoadIsNotDeath) {
   slave.lost_seconds = 0.8;
   start_slave(1, slave);
   EXPECT_EQ(start_master().text, "");
-  EXPECT_TRUE(contains(log(), "waiting; phase load for"));
+  EXPECT_TRUE(contains(log(), "] phase load for"));
   EXPECT_TRUE(contains(
-      log(), "waiting for: 127.0.0.1 (master), 127.0.0.2 [rank 1 busy] [rank 2 busy]"))
+      log(), "waiting for 127.0.0.1 (master), 127.0.0.2 [rank 1 busy] [rank 2 busy]"))
       << log();
 }
 
@@ -799,7 +799,7 @@ TEST_F(Control, JoinIsBoundedOnBothSides) {
   outcome = start_master();
   EXPECT_EQ(outcome.code, Code::kDeadlineExceeded);
   EXPECT_TRUE(contains(outcome.text, "not all nodes joined within")) << outcome.text;
-  EXPECT_TRUE(contains(outcome.text, "missing: 127.0.0.3")) << outcome.text;
+  EXPECT_TRUE(contains(outcome.text, "waiting for 127.0.0.3")) << outcome.text;
   EXPECT_EQ(slave_outcome(1).text, outcome.text);
 }
 

@@ -273,7 +273,7 @@ void Coordinator::on_loss(std::function<void(const std::string&, const Error&)> 
 void Coordinator::report_local_fault(const Error& error) {
   const std::lock_guard lock(state_->mutex);
   state_->fault(state_->options.own_server, error.code(),
-                fmt::format("{}: {}", state_->name_of(state_->options.own_server), error.what()),
+                named(state_->name_of(state_->options.own_server), error.what()),
                 true);
 }
 

@@ -71,6 +71,10 @@ Coordinator::State::~State() {
   server_owner.reset();
 }
 
+std::string named(const std::string& node, const std::string& text) {
+  return text.starts_with(node) ? text : node + ": " + text;
+}
+
 std::string Coordinator::State::name_of(int index) const {
   return "node " + nodes[static_cast<size_t>(index)].name;
 }
@@ -232,7 +236,7 @@ std::string Coordinator::State::handle(int index, const FromNode& message) {
       return {};
     case FromNode::kFault:
       fault(index, code_of(message.fault().code()),
-            fmt::format("{}: {}", name_of(index), printable(message.fault().message())), true);
+            named(name_of(index), printable(message.fault().message())), true);
       return {};
     case FromNode::kLeave: {
       const std::string why = "it left: " + printable(message.leave().reason(), 400);
@@ -332,8 +336,8 @@ std::string Coordinator::State::notice() const {
         list += fmt::format(" [rank {} {}]", report.rank, report.state);
     }
   }
-  if (phase.empty()) return fmt::format("here: {}; missing: {}", here, missing);
-  return fmt::format("phase {} for {:.0f} s; done: {}; waiting for: {}", phase,
+  if (phase.empty()) return fmt::format("here: {}; waiting for {}", here, missing);
+  return fmt::format("phase {} for {:.0f} s; done: {}; waiting for {}", phase,
                      seconds_since(phase_since), here.empty() ? "none" : here, missing);
 }
 
@@ -387,7 +391,7 @@ void Coordinator::State::tick() {
     for (const std::string& warning : warnings) {
       if (!warning.empty()) log_warn("{}", warning);
     }
-    if (!line.empty()) log_info("waiting; {}", line);
+    if (!line.empty()) log_info("{}", line);
     lock.lock();
   }
 }

@@ -20,6 +20,9 @@
 
 namespace phalanx::cluster {
 
+// The text of a fault with its node's name before it, unless it begins with that name already.
+[[nodiscard]] std::string named(const std::string& node, const std::string& text);
+
 struct Coordinator::State final : ControlServer::Handler {
   enum class Stage { kJoining, kPhases, kServing, kEnding, kClosed };
   struct Node {

@@ -388,7 +388,7 @@ void Participant::State::on_message(const FromMaster& message) {
       cv.notify_all();
     }
   }
-  if (!line.empty()) log_info("joined, waiting; {}", line);
+  if (!line.empty()) log_info("joined; {}", line);
 }
 
 void Participant::State::on_end(Code code, const std::string& reason) {

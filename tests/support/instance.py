@@ -161,9 +161,9 @@ class Instance:
         assert done.returncode == 0, done.stderr
 
     def environment(self, index, **extra):
-        return clean_environment(MIES_CONFIG_JSON_PATH=self.config_file,
-                                 RANK_TABLE_FILE=self.table_file,
-                                 MIES_CONTAINER_IP=self.addresses[index], **extra)
+        own = {"MIES_CONFIG_JSON_PATH": self.config_file, "RANK_TABLE_FILE": self.table_file,
+               "MIES_CONTAINER_IP": self.addresses[index]}
+        return clean_environment(**{**own, **extra})
 
     def start_node(self, index, **extra):
         node = Process(f"node {self.addresses[index]}", [program(), "serve"],
