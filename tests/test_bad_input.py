@@ -7,7 +7,8 @@ import struct
 
 import pytest
 
-from support.instance import Instance, run_program
+from support.instance import SUCCESS, Instance, Process, run_program
+from support.paths import program
 
 END_SECONDS = 30
 
@@ -43,14 +44,18 @@ def single_node(instance, **keys):
 def refused(environment, *parts):
     """Starts a node, which must end soon with a small status and say all `parts`, in the last lines
     of stderr, from "phalanx: " on."""
-    done = run_program("serve", environment=environment, seconds=END_SECONDS)
-    assert 0 < done.returncode < 64, (done.returncode, done.stderr)
-    assert "Daemon start success!" not in done.stdout
-    assert "phalanx: " in done.stderr, done.stderr
-    reason = done.stderr[done.stderr.rindex("phalanx: "):]
+    node = Process("the refused node", [program(), "serve"], environment)
+    try:
+        status = node.wait(END_SECONDS)
+    finally:
+        node.kill()
+    log = node.text("err")
+    assert 0 < status < 64, (status, log)
+    assert SUCCESS not in node.text("out")
+    assert "phalanx: " in log, log
+    reason = log[log.rindex("phalanx: "):]
     for part in parts:
-        assert part in reason, f"{part!r} is missing:\n{done.stderr}"
-    assert "PHALANX_CHECK" not in done.stderr
+        assert part in reason, f"{part!r} is missing:\n{log}"
     return reason
 
 

@@ -1,8 +1,11 @@
 """Ends: in order on SIGTERM; after the death of a node or rank every request says who died."""
 import concurrent.futures
+import contextlib
+import http.client
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -20,11 +23,19 @@ def long_request(instance):
                  data=json.dumps({"model": instance.name, **LONG}).encode(), seconds=60)
 
 
-def long_stream(instance):
-    """The raw lines of such a stream until the server ends it."""
-    body = json.dumps({"model": instance.name, "stream": True, **LONG}).encode()
-    status, text = fetch(f"{instance.url}/v1/completions", data=body, seconds=60)
-    return status, text
+def long_stream(instance, begun):
+    """(status, text) of such a stream until the server ends it; sets `begun` at its first bytes."""
+    connection = http.client.HTTPConnection("127.0.0.1", instance.port, timeout=60)
+    connection.request("POST", "/v1/completions",
+                       json.dumps({"model": instance.name, "stream": True, **LONG}),
+                       {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    text = response.read(1)
+    begun.set()
+    with contextlib.suppress(http.client.IncompleteRead):
+        text += response.read()
+    connection.close()
+    return response.status, text.decode("utf-8", "replace")
 
 
 def wait_running(instance, count):
@@ -61,7 +72,7 @@ def test_sigterm_with_a_running_request_ends_in_time(tmp_path, model):
 def test_stop_while_waiting_for_a_node(tmp_path, model):
     with Instance(tmp_path, model, [1, 1]) as instance:
         master = instance.start_node(0)
-        master.wait_for("waiting for", 30)
+        master.wait_for("waiting for 127.0.0.2", 30)
         master.popen.send_signal(signal.SIGTERM)
         assert master.wait(5) == 0
 
@@ -74,8 +85,10 @@ def test_sigkill_gives_running_requests_an_error_that_names_the_node(victim, tmp
         expected = "127.0.0.1" if victim == "rank of the master" else "127.0.0.2"
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
             whole = [pool.submit(long_request, instance) for _ in range(2)]
-            stream = pool.submit(long_stream, instance)
+            begun = threading.Event()
+            stream = pool.submit(long_stream, instance, begun)
             wait_running(instance, 3)
+            assert begun.wait(20)
             killed = time.monotonic()
             if victim == "slave node":
                 os.kill(instance.nodes[1].pid, signal.SIGKILL)

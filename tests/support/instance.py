@@ -218,10 +218,17 @@ class Instance:
         return fetch(f"{self.url}{path}", data=data, seconds=seconds)
 
     def ranks(self):
-        """The ranks' part of the status: layout, pids and counters."""
-        status, body = self.get("/v1/status")
-        assert status == 200, body
-        return sorted(json.loads(body)["phalanx"]["ranks"], key=lambda r: r["rank"])
+        """The ranks' part of the status (layout, pids and counters), once the slaves' heartbeats have
+        told of the last step."""
+        deadline = time.monotonic() + 5
+        while True:
+            status, body = self.get("/v1/status")
+            assert status == 200, body
+            ranks = sorted(json.loads(body)["phalanx"]["ranks"], key=lambda r: r["rank"])
+            if len(ranks) == sum(self.devices) and len({r["steps_done"] for r in ranks}) == 1:
+                return ranks
+            assert time.monotonic() < deadline, f"the counters did not settle within 5 s: {ranks}"
+            time.sleep(0.1)
 
     def rank_pids(self):
         """rank -> pid, from the status of the master."""
