@@ -228,10 +228,9 @@ struct Instance::State {
       coordinator->fail(*failure, Deadline::in_seconds(kLeaveSeconds));
       return 1;
     }
-    close_head(Deadline::in_seconds(kDrainSeconds));
-    // Clients that were cut off have cancelled; give their sequences a step to leave.
-    if (!engine->drain(Deadline::in_seconds(1)))
-      engine->fail(Error(Code::kUnavailable, "the service is stopping: " + stop_reason));
+    if (!engine->drain(Deadline::in_seconds(kDrainSeconds)))
+      engine->end_requests(Error(Code::kUnavailable, "the service is stopping: " + stop_reason));
+    close_head(Deadline::in_seconds(1));
     engine.reset();
     stop_ranks();
     coordinator->stop(stop_reason, Deadline::in_seconds(kLeaveSeconds));

@@ -539,15 +539,15 @@ bool Engine::drain(Deadline deadline) {
   return s.settled.wait_until(lock, deadline.when(), [&] { return s.undelivered == 0; });
 }
 
+void Engine::end_requests(const Error& error) {
+  const std::lock_guard lock(state_->mutex);
+  if (!state_->failure) state_->failure = error;
+  state_->wake.notify_all();
+}
+
 void Engine::fail(const Error& error) {
-  State& s = *state_;
-  {
-    const std::lock_guard lock(s.mutex);
-    if (s.failure) return;
-    s.failure = error;
-    s.wake.notify_all();
-  }
-  s.executor.abort(error.what());
+  end_requests(error);
+  state_->executor.abort(failure()->what());
 }
 
 std::optional<Error> Engine::failure() const {

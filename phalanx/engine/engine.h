@@ -73,6 +73,9 @@ class Engine {
   void cancel(const std::string& id);
   // No new requests; returns true when none is left before the deadline.
   bool drain(Deadline deadline);
+  // Ends every request with `error` after the step being computed and refuses new ones. The
+  // executor is left in order, for the owner's kStop plan.
+  void end_requests(const Error& error);
   // Ends every request with `error` (on the engine thread, soon), refuses new ones and aborts the
   // executor. Idempotent: the first error counts. Also called by the engine itself when the
   // executor throws.

@@ -550,6 +550,23 @@ TEST(Engine, FailEndsAllAtOnce) {
   EXPECT_FALSE(called);  // it did not fail by itself
 }
 
+TEST(Engine, EndRequestsLeavesTheExecutorInOrder) {
+  const EngineOptions options = small_options();
+  FakeExecutor executor(options);
+  executor.allow(2);
+  Engine engine(options, executor);
+  const auto sink = std::make_shared<Recorder>();
+  ASSERT_EQ(engine.submit(request_of("a", {1}, 20), sink, nullptr), SubmitResult::kAccepted);
+  executor.wait_for_plans(3);
+  engine.end_requests(Error(Code::kUnavailable, "the service is stopping"));
+  executor.allow(1);  // the step being computed ends first
+  const GenerateEvent last = sink->wait();
+  EXPECT_EQ(last.finish, FinishReason::kError);
+  EXPECT_STREQ(last.error->what(), "the service is stopping");
+  EXPECT_EQ(executor.abort_reason(), "");
+  EXPECT_EQ(engine.submit(request_of("b", {1}, 1), sink, nullptr), SubmitResult::kStopped);
+}
+
 TEST(Engine, AFailedStepEndsAllAndIsReported) {
   const EngineOptions options = small_options();
   FakeExecutor executor(options);
