@@ -385,7 +385,7 @@ void Coordinator::State::tick() {
       line = notice();
       FromMaster message;
       message.mutable_waiting()->set_line(line);
-      send_all(message, true);
+      send_all(message, false);  // a heartbeat is on its way: a droppable message would be dropped
     }
     lock.unlock();
     for (const std::string& warning : warnings) {
