@@ -6,6 +6,7 @@
 #include <atomic>
 #include <nlohmann/json.hpp>
 #include <thread>
+#include <utility>
 
 #include "apps/file_digest.h"
 #include "phalanx/base/check.h"
@@ -262,19 +263,18 @@ void Node::connect(const std::vector<comm::Member>& members) {
 void Node::show_progress(const std::atomic<bool>& done) const {
   std::unique_ptr<Progress> bar;
   int64_t shown = 0;
-  while (!done) {
+  for (bool last = false; !last;) {
+    last = done;  // looked at first, so that the last round sees every byte
     int64_t read = 0;
     int64_t total = 0;
     for (const RankSupervisor::View& view : ranks_->views()) {
       read += static_cast<int64_t>(view.page->bytes_read.load(std::memory_order_relaxed));
       total += static_cast<int64_t>(view.page->bytes_to_read.load(std::memory_order_relaxed));
     }
-    if (!bar && total > 0) bar = std::make_unique<Progress>("loading weights", total, ProgressUnit::kBytes);
-    if (bar && read > shown) {
-      bar->advance(read - shown);
-      shown = read;
-    }
-    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    if (!bar && total > 0)
+      bar = std::make_unique<Progress>("loading weights", total, ProgressUnit::kBytes);
+    if (bar && read > shown) bar->advance(read - std::exchange(shown, read));
+    if (!last) std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }
   if (bar) bar->done();
 }
