@@ -56,7 +56,7 @@ struct Answer final : EventSink {
 class Ranks {
  public:
   explicit Ranks(std::vector<int> node_of, std::string logits_folder = "")
-      : ranks_(node_of, kGeneration), pages(node_of.size()), errors(node_of.size()) {
+      : ranks_(node_of), pages(node_of.size()), errors(node_of.size()) {
     options_ = {.generation = kGeneration,
                 .limits = kLimits,
                 .idle_seconds = 20,
