@@ -60,6 +60,8 @@ void Checkpoint::add_file(const std::string& path, Problems& problems) {
                   .found = std::strerror(errno)});
     return;
   }
+  // Reads are large and exact; read-ahead would fetch the rows of other ranks.
+  (void)::posix_fadvise(file.fd.get(), 0, 0, POSIX_FADV_RANDOM);
   const int number = static_cast<int>(files_.size());
   auto entries = read_safetensors_header(file.fd.get(), path, problems);
   files_.push_back(std::move(file));
