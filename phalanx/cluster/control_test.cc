@@ -525,7 +525,8 @@ TEST_P(FailingPhase, ReachesAllWithNodeAndPhase) {
   }
   for (auto& fake : fakes_) {
     ASSERT_EQ(fake->abort_reasons().size(), 1u);
-    EXPECT_TRUE(contains(fake->abort_reasons()[0], "no memory for it"));
+    EXPECT_TRUE(contains(fake->abort_reasons()[0], "no memory for it"))
+        << fake->abort_reasons()[0];
   }
 }
 

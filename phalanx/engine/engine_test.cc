@@ -430,6 +430,9 @@ TEST(Engine, DuplicatesAndFullQueueAreRefused) {
   std::string detail;
   EXPECT_EQ(submit("a", &detail), SubmitResult::kAccepted);
   executor.wait_for_plans(1);
+  // The plan is out a moment before the queue is counted without it.
+  for (int i = 0; i < 2000 && engine.stats().running == 0; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
   EXPECT_EQ(submit("a", &detail), SubmitResult::kDuplicateId);
   EXPECT_EQ(detail, "a request with the id 'a' is still running");
   EXPECT_EQ(submit("b", &detail), SubmitResult::kAccepted);
