@@ -13,14 +13,14 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "apps/config_file.h"
+#include "apps/config_log.h"
 #include "apps/generation_defaults.h"
 #include "apps/instance.h"
-#include "apps/config_log.h"
 #include "apps/prompt_head.h"
 #include "apps/run_report.h"
 #include "phalanx/base/json.h"
 #include "phalanx/base/log.h"
-#include "phalanx/net/address.h"
 #include "phalanx/text/chat_template.h"
 #include "phalanx/text/tokenizer.h"
 
@@ -187,17 +187,12 @@ void place_ranks(const RunArguments& a, const Environment& environment, NodeConf
   }
 }
 
-bool is_loopback(const std::string& address) {
-  const std::optional<net::Address> parsed = net::Address::parse(address);
-  return parsed && parsed->is_loopback();
-}
-
 // Clear text between hosts must be asked for by name.
 void check_clear_text(const RunArguments& a, const Environment& environment, const NodeConfig& config,
                       Problems& problems) {
   if (a.inter_node_tls == "off" || get(environment, "PHALANX_INTER_NODE_TLS") == "off") return;
   for (const cluster::Server& server : config.table.servers) {
-    if (config.table.servers.size() == 1 || is_loopback(server.address())) continue;
+    if (config.table.servers.size() == 1 || is_loopback_ip(server.address())) continue;
     problems.add({.what = "traffic between hosts would be clear text, and TLS for offline runs is "
                           "not part of this version",
                   .where = "rank table, server " + server.address(), .found = "no word on TLS",
