@@ -8,6 +8,7 @@
 #include <string>
 
 #include "phalanx/base/clock.h"
+#include "phalanx/engine/engine_options.h"
 #include "phalanx/engine/request.h"
 #include "phalanx/engine/step_channel.h"
 
@@ -23,24 +24,6 @@ class StepExecutor {
   virtual std::span<const float> wait(Deadline deadline, StepTiming* timing) = 0;
   // From any thread, more than once; wait() and send() throw Error soon.
   virtual void abort(const std::string& reason) noexcept = 0;
-};
-
-struct EngineOptions {
-  int64_t vocab_size = 0;
-  int64_t block_size = 128;
-  int64_t blocks = 0;                  // of the KV cache
-  int64_t max_sequence = 2560;         // maxSeqLen
-  int64_t max_input_tokens = 2048;     // maxInputTokenLen
-  int64_t max_prefill_tokens = 8192;   // maxPrefillTokens: prompt tokens in one step
-  int64_t max_prefill_batch = 50;      // maxPrefillBatchSize: sequences in prefill in one step
-  int64_t max_batch = 200;             // maxBatchSize: sequences running
-  int64_t max_output_tokens = 512;     // maxIterTimes
-  int64_t max_step_tokens = 0;         // of the ranks' buffers; >= max_batch; longer prompts are chunked
-                                       // (StepLimits: max_tokens this, max_rows max_batch)
-  int64_t max_queue = 2000;            // waiting requests
-  uint64_t generation = 1;
-  double step_seconds = 600;           // longest wait for one step
-  double idle_plan_seconds = 20;       // an idle plan keeps the links checked
 };
 
 struct EngineStats {

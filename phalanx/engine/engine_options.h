@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+
+namespace phalanx::engine {
+
+struct EngineOptions {
+  int64_t vocab_size = 0;
+  int64_t block_size = 128;
+  int64_t blocks = 0;                  // of the KV cache
+  int64_t max_sequence = 2560;         // maxSeqLen
+  int64_t max_input_tokens = 2048;     // maxInputTokenLen
+  int64_t max_prefill_tokens = 8192;   // maxPrefillTokens: prompt tokens in one step
+  int64_t max_prefill_batch = 50;      // maxPrefillBatchSize: sequences in prefill in one step
+  int64_t max_batch = 200;             // maxBatchSize: sequences running
+  int64_t max_output_tokens = 512;     // maxIterTimes
+  int64_t max_step_tokens = 0;         // of the ranks' buffers; >= max_batch; longer prompts are chunked
+                                       // (StepLimits: max_tokens this, max_rows max_batch)
+  int64_t max_queue = 2000;            // waiting requests
+  uint64_t generation = 1;
+  double step_seconds = 600;           // longest wait for one step
+  double idle_plan_seconds = 20;       // an idle plan keeps the links checked
+};
+
+// Throws Error(kInvalidArgument) naming every option that cannot be.
+void check_options(const EngineOptions& options);
+
+}  // namespace phalanx::engine

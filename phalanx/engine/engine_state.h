@@ -1,0 +1,78 @@
+#pragma once
+
+// Inside of Engine, shared by what runs on its thread (engine_thread.cc) and what any thread may
+// call (engine.cc).
+
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "phalanx/engine/engine.h"
+#include "phalanx/engine/sampler.h"
+#include "phalanx/engine/scheduler.h"
+#include "phalanx/engine/sequence.h"
+
+namespace phalanx::engine {
+
+struct Engine::State {
+  State(const EngineOptions& options, StepExecutor& executor);
+
+  void run();
+  void loop();
+  bool take_work();
+  void finish(Sequence& sequence, GenerateEvent event);
+  void end_all(FinishReason reason, const std::optional<Error>& error);
+  void retire();
+  void deliver();
+  void sample(Sequence& sequence, std::span<const float> row);
+  void compute_step();
+  void idle_step();
+  void publish_stats();
+  void fail_by_itself(const Error& error);
+  GenerateEvent event_of(const Sequence& sequence) const;
+
+  struct Outgoing {
+    std::shared_ptr<EventSink> sink;
+    GenerateEvent event;
+  };
+
+  const EngineOptions options;
+  StepExecutor& executor;
+
+  // --- Engine thread only.
+  Scheduler scheduler;
+  Sampler sampler;
+  StepPlanWriter writer;
+  uint64_t next_step = 1;
+  std::vector<std::unique_ptr<Sequence>> arrived;  // taken from the inbox
+  std::vector<std::unique_ptr<Sequence>> retired;  // out of the scheduler, not yet destroyed
+  std::vector<Outgoing> outgoing;
+  std::vector<TokenLogprob> top;
+  Clock::time_point last_plan = Clock::now();
+  EngineStats counted;                             // what this thread counts
+
+  // --- Guarded by `mutex`.
+  mutable std::mutex mutex;
+  std::condition_variable wake;    // the engine thread waits for work
+  std::condition_variable settled; // drain() and the destructor wait
+  std::vector<std::unique_ptr<Sequence>> inbox;
+  std::unordered_map<std::string, Sequence*> active;  // by id, until the final event is made
+  EngineStats stats;
+  uint32_t next_tag = 0;
+  int64_t undelivered = 0;         // accepted, final event not yet delivered
+  bool cancels = false;            // some cancel_requested is new
+  bool stopping = false, draining = false, thread_done = false;
+  std::optional<Error> failure;
+  bool report_failure = false;     // the engine failed by itself and on_failure was not called yet
+  std::function<void(const Error&)> failure_callback;
+
+  std::thread thread;
+};
+
+}  // namespace phalanx::engine

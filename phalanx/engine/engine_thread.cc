@@ -1,0 +1,282 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "phalanx/base/check.h"
+#include "phalanx/base/log.h"
+#include "phalanx/engine/engine_state.h"
+
+namespace phalanx::engine {
+
+Engine::State::State(const EngineOptions& options, StepExecutor& executor)
+    : options(options),
+      executor(executor),
+      scheduler({.block_size = options.block_size,
+                 .blocks = options.blocks,
+                 .max_batch = options.max_batch,
+                 .max_prefill_batch = options.max_prefill_batch,
+                 .max_prefill_tokens = options.max_prefill_tokens,
+                 .max_step_tokens = options.max_step_tokens}),
+      sampler(options.vocab_size) {
+  stats.blocks_total = stats.blocks_free = options.blocks;
+}
+
+void Engine::State::run() {
+  try {
+    loop();
+  } catch (const Error& error) {
+    fail_by_itself(error);
+  } catch (const std::exception& error) {
+    fail_by_itself(Error(Code::kInternal, fmt::format("the engine failed: {}", error.what())));
+  }
+  // Failed or stopping: nothing is computed any more, but everybody gets an answer.
+  for (;;) {
+    std::function<void(const Error&)> callback;
+    std::unique_lock lock(mutex);
+    const bool stop = stopping;
+    const std::optional<Error> error = failure;
+    if (report_failure && failure_callback) {
+      report_failure = false;
+      callback = failure_callback;
+    }
+    for (auto& s : inbox) scheduler.add(std::move(s));
+    inbox.clear();
+    lock.unlock();
+    if (stop) {
+      end_all(FinishReason::kCancelled, std::nullopt);
+    } else {
+      end_all(FinishReason::kError, error);
+    }
+    if (callback) callback(*error);
+    if (stop) break;
+    lock.lock();
+    wake.wait_for(lock, std::chrono::seconds(1), [&] {
+      return stopping || !inbox.empty() || (report_failure && failure_callback);
+    });
+  }
+  const std::lock_guard lock(mutex);
+  thread_done = true;
+  settled.notify_all();
+}
+
+// Returns when stopping or failed by another; throws what the executor throws.
+void Engine::State::loop() {
+  while (take_work()) {
+    if (scheduler.empty()) {
+      idle_step();
+    } else {
+      compute_step();
+    }
+  }
+}
+
+// Takes what came in; waits while there is nothing to do, until the next idle plan is due. False:
+// stopping or failed.
+bool Engine::State::take_work() {
+  for (;;) {
+    if (scheduler.empty()) deliver();  // else while the ranks compute
+    const auto due = last_plan + std::chrono::duration_cast<Clock::duration>(
+                                     std::chrono::duration<double>(options.idle_plan_seconds));
+    bool any_cancels = false;
+    {
+      std::unique_lock lock(mutex);
+      publish_stats();
+      if (scheduler.empty()) {
+        wake.wait_until(lock, due,
+                        [&] { return stopping || failure || cancels || !inbox.empty(); });
+      }
+      if (stopping || failure) return false;
+      arrived.swap(inbox);
+      any_cancels = std::exchange(cancels, false);
+      stats.waiting += std::ssize(arrived);
+    }
+    for (auto& s : arrived) scheduler.add(std::move(s));
+    arrived.clear();
+    if (any_cancels) {
+      scheduler.for_each([&](Sequence& s) {
+        if (!s.cancel_requested.load(std::memory_order_relaxed)) return;
+        GenerateEvent event = event_of(s);
+        event.finish = FinishReason::kCancelled;
+        finish(s, std::move(event));
+      });
+      retire();
+    }
+    if (!scheduler.empty() || Clock::now() >= due) return true;
+  }
+}
+
+void Engine::State::compute_step() {
+  const int64_t begin = now_ns();
+  writer.begin(StepKind::kCompute, options.generation, next_step);
+  PHALANX_CHECK(scheduler.plan(writer));
+  executor.send(writer.finish());
+  ++next_step;
+  const int64_t sent = now_ns();
+  {
+    const std::lock_guard lock(mutex);
+    publish_stats();
+  }
+  deliver();
+  StepTiming timing;
+  const std::span<const float> logits =
+      executor.wait(Deadline::in_seconds(options.step_seconds), &timing);
+  const int64_t answered = now_ns();
+  last_plan = Clock::now();
+  scheduler.advance();
+  const auto sampled = scheduler.sampled();
+  const auto vocab = static_cast<size_t>(options.vocab_size);
+  if (logits.size() != sampled.size() * vocab) {
+    throw Error(Code::kInternal,
+                fmt::format("step {} returned {} logits, expected {} rows of {}", next_step - 1,
+                            logits.size(), sampled.size(), vocab));
+  }
+  bool any_finished = false;
+  for (size_t row = 0; row < sampled.size(); ++row) {
+    sample(*sampled[row], logits.subspan(row * vocab, vocab));
+    any_finished |= sampled[row]->finished;
+  }
+  if (any_finished) retire();
+  ++counted.steps;
+  counted.step_ns += static_cast<uint64_t>(timing.total_ns);
+  counted.compute_ns += static_cast<uint64_t>(timing.compute_ns);
+  counted.communication_ns += static_cast<uint64_t>(timing.communication_ns);
+  counted.overhead_ns += static_cast<uint64_t>(now_ns() - answered + sent - begin);
+}
+
+void Engine::State::idle_step() {
+  writer.begin(StepKind::kIdle, options.generation, next_step);
+  executor.send(writer.finish());
+  ++next_step;
+  (void)executor.wait(Deadline::in_seconds(options.step_seconds), nullptr);
+  last_plan = Clock::now();
+}
+
+void Engine::State::sample(Sequence& s, std::span<const float> row) {
+  const SampleResult result =
+      sampler.sample(row,
+                     {.params = &s.params,
+                      .seed = s.seed,
+                      .position = static_cast<uint32_t>(s.length()),
+                      .outputs = s.outputs(),
+                      .counts = s.counts ? &*s.counts : nullptr},
+                     &top);
+  if (!result.valid) {
+    GenerateEvent event = event_of(s);
+    event.finish = FinishReason::kError;
+    event.error = Error(
+        Code::kInternal,
+        fmt::format("the model's logits for the token at position {} are not finite numbers; only "
+                    "this request is affected",
+                    s.length()));
+    finish(s, std::move(event));
+    return;
+  }
+  s.tokens.push_back(result.token);
+  if (s.counts) s.counts->add_output(result.token);
+  if (s.outputs() == 1) counted.prompt_tokens += static_cast<uint64_t>(s.prompt_count);
+  ++counted.output_tokens;
+  GenerateEvent event = event_of(s);
+  event.token = result.token;
+  if (s.params.logprobs >= 0) {
+    event.logprob = result.logprob;
+    event.top = top;
+  }
+  const auto& stops = s.params.stop_token_ids;
+  if (std::find(stops.begin(), stops.end(), result.token) != stops.end()) {
+    event.finish = FinishReason::kStop;
+    event.stop_token = result.token;
+  } else if (s.outputs() >= s.max_outputs) {
+    event.finish = FinishReason::kLength;
+  }
+  if (event.finish != FinishReason::kNone) {
+    finish(s, std::move(event));
+  } else {
+    outgoing.push_back({s.sink, std::move(event)});
+  }
+}
+
+GenerateEvent Engine::State::event_of(const Sequence& s) const {
+  GenerateEvent event;
+  event.prompt_tokens = s.prompt_count;
+  event.output_tokens = s.outputs();
+  return event;
+}
+
+// The sequence's last event. It leaves the scheduler at the next retire().
+void Engine::State::finish(Sequence& s, GenerateEvent event) {
+  PHALANX_CHECK(!s.finished);
+  s.finished = true;
+  switch (event.finish) {
+    case FinishReason::kCancelled: ++counted.cancelled; break;
+    case FinishReason::kError: ++counted.failed; break;
+    default: ++counted.succeeded; break;
+  }
+  outgoing.push_back({std::move(s.sink), std::move(event)});
+}
+
+// Finished sequences give back their blocks and their ids.
+void Engine::State::retire() {
+  const size_t before = retired.size();
+  scheduler.collect(retired);
+  const std::lock_guard lock(mutex);
+  for (size_t i = before; i < retired.size(); ++i) active.erase(retired[i]->id);
+}
+
+void Engine::State::deliver() {
+  if (outgoing.empty()) return;
+  int64_t finals = 0;
+  for (Outgoing& o : outgoing) {
+    finals += o.event.finish != FinishReason::kNone ? 1 : 0;
+    try {
+      o.sink->on_event(std::move(o.event));
+    } catch (const std::exception& error) {
+      log_error("a receiver of tokens threw, which it must not: {}", error.what());
+    }
+    o.sink.reset();
+  }
+  outgoing.clear();
+  retired.clear();
+  if (finals == 0) return;
+  const std::lock_guard lock(mutex);
+  undelivered -= finals;
+  settled.notify_all();
+}
+
+void Engine::State::end_all(FinishReason reason, const std::optional<Error>& error) {
+  scheduler.for_each([&](Sequence& s) {
+    if (s.finished) return;  // in the step that failed
+    GenerateEvent event = event_of(s);
+    event.finish = reason;
+    event.error = error;
+    finish(s, std::move(event));
+  });
+  retire();
+  deliver();
+  const std::lock_guard lock(mutex);
+  publish_stats();
+}
+
+// With `mutex` held.
+void Engine::State::publish_stats() {
+  counted.received = stats.received;
+  counted.running = scheduler.running();
+  counted.waiting = scheduler.waiting();
+  counted.blocks_total = scheduler.pool().total();
+  counted.blocks_free = scheduler.pool().free();
+  counted.preemptions = scheduler.preemptions();
+  stats = counted;
+}
+
+void Engine::State::fail_by_itself(const Error& error) {
+  {
+    const std::lock_guard lock(mutex);
+    if (!failure && !stopping) {
+      failure = error;
+      report_failure = true;
+    }
+  }
+  executor.abort(error.what());
+}
+
+}  // namespace phalanx::engine
