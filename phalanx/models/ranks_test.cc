@@ -5,6 +5,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "phalanx/base/sanitizer.h"
 #include "phalanx/models/test_ranks.h"
 
 namespace phalanx::models {
@@ -107,6 +108,7 @@ TEST_P(Ranks, BatchChangesNothing) {
 }
 
 TEST_P(Ranks, ChunksChangeNothing) {
+  if (kThreadSanitizer && GetParam() == ops::Isa::kRef) GTEST_SKIP() << "slow, no other threads";
   constexpr int64_t kLength = 300;  // more than one chunk of attention
   const auto tokens = tokens_of(1, kLength);
   for (const std::string& model : {kSixHeads, kNineHeads}) {

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "phalanx/base/sanitizer.h"
 #include "phalanx/ops/packing.h"
 #include "phalanx/ops/ref/ref.h"
 #include "phalanx/ops/test_data.h"
@@ -107,7 +108,7 @@ TEST_P(Linear, GivesTheBitsOfItsClass) {
     for (const DType out_type : {act(), DType::kF32}) {
       Matrix expected(out_type, most, s.n, s.n);
       ref::linear(x.view(), packed.w, bias.view().row<float>(0), expected.view(), numeric_class());
-      for (const int threads : {1, 2, 3}) {
+      for (const int threads : {3, 2, 1}) {
         ThreadPool pool({.threads = threads, .spin_us = 5});
         Context ctx({.isa = isa(), .max_tokens = most, .max_k = s.k}, pool);
         for (const int64_t m : {int64_t{1}, int64_t{2}, int64_t{7}, int64_t{32}, most}) {
@@ -125,8 +126,9 @@ TEST_P(Linear, GivesTheBitsOfItsClass) {
             for (int64_t i = s.n; i < s.n + 9 && t + 1 < m; ++i)
               ASSERT_EQ(out.get(t, i), before.get(t, i));
         }
+        if (kThreadSanitizer) break;
       }
-      if (act() == DType::kF32) break;
+      if (act() == DType::kF32 || kThreadSanitizer) break;
     }
   }
 }

@@ -1,0 +1,15 @@
+#pragma once
+
+namespace phalanx {
+
+// Whether this build runs under ThreadSanitizer. Tests that repeat one thing in many sizes take
+// fewer of them there: a race shows in the small ones, and the others run in the other builds.
+#if defined(__SANITIZE_THREAD__)
+inline constexpr bool kThreadSanitizer = true;
+#elif defined(__has_feature)
+inline constexpr bool kThreadSanitizer = __has_feature(thread_sanitizer);
+#else
+inline constexpr bool kThreadSanitizer = false;
+#endif
+
+}  // namespace phalanx
