@@ -166,14 +166,17 @@ void Engine::State::sample(Sequence& s, std::span<const float> row) {
     event.finish = FinishReason::kError;
     event.error = Error(
         Code::kInternal,
-        fmt::format("the model's logits for the token at position {} are not finite numbers; only "
-                    "this request is affected",
-                    s.length()));
+        !result.error.empty()
+            ? result.error
+            : fmt::format("the model's logits for the token at position {} are not finite numbers; "
+                          "only this request is affected",
+                          s.length()));
     finish(s, std::move(event));
     return;
   }
   s.tokens.push_back(result.token);
   if (s.counts) s.counts->add_output(result.token);
+  if (s.params.guide) s.params.guide->accept(result.token);
   if (s.outputs() == 1) counted.prompt_tokens += static_cast<uint64_t>(s.prompt_count);
   ++counted.output_tokens;
   GenerateEvent event = event_of(s);

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -10,6 +11,20 @@
 #include "phalanx/base/error.h"
 
 namespace phalanx::engine {
+
+// Which tokens one sequence may take next: a grammar, a budget for reasoning. Belongs to one sequence;
+// called on the engine thread. It keeps its place while the sequence is preempted or recovered, since
+// both keep the accepted tokens.
+class TokenGuide {
+ public:
+  virtual ~TokenGuide() = default;
+  // Bit i % 32 of word i / 32: token i may come next. Tokens beyond the last word may not. Empty: any
+  // token may. Valid until accept(). May wait, by a deadline of its own, for what accept() started;
+  // throws Error, which ends this request alone.
+  [[nodiscard]] virtual std::span<const uint32_t> allowed() = 0;
+  // `token` was accepted. Must not block: what is long is done elsewhere, while the next step runs.
+  virtual void accept(int32_t token) = 0;
+};
 
 // What a client may ask of sampling. Defaults are "no effect"; the API fills in the model's
 // generation_config.json before it submits. Formulas: sampler.h.
@@ -27,12 +42,15 @@ struct SamplingParams {
   std::vector<int32_t> stop_token_ids;  // with the model's EOS ids already added unless ignore_eos
   int32_t logprobs = -1;             // -1: none; n: the chosen token's and the n best
   int32_t prompt_logprobs = -1;      // reserved for echo; -1: none
+  std::vector<std::pair<int32_t, float>> logit_bias;  // added to the logits of these ids; each id once
+  std::shared_ptr<TokenGuide> guide;  // of this sequence alone; null: any token may come
 };
 
 struct GenerateRequest {
   std::string id;                    // unique among running requests
   std::vector<int32_t> prompt;       // token ids, not empty
   SamplingParams sampling;
+  int32_t priority = 5;              // 1 (first) to 5
 };
 
 enum class FinishReason { kNone, kStop, kLength, kCancelled, kError };

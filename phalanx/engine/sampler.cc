@@ -87,9 +87,19 @@ SampleResult Sampler::sample(std::span<const float> logits, const SampleRequest&
       }
     }
   }
-  const std::span<const float> row = adjust(logits, request);
+  std::span<const float> row;
+  try {
+    row = adjust(logits, request);
+  } catch (const Error& error) {
+    result.error = error.what();
+    return result;
+  }
   const Maximum max = scan(row);
-  if (!max.valid) return result;
+  if (!max.valid) {
+    if (params.guide && scan(logits).valid)
+      result.error = "the structure that was asked for allows no further token";
+    return result;
+  }
   result.valid = true;
   result.token = max.id;
   if (params.temperature >= 1e-5f && params.top_k != 1) {
@@ -113,7 +123,9 @@ std::span<const float> Sampler::adjust(std::span<const float> logits,
   const SamplingParams& params = *request.params;
   const bool penalty = has_penalty(params);
   const bool mask = request.outputs < params.min_tokens && !params.stop_token_ids.empty();
-  if (!penalty && !mask) return logits;
+  const std::span<const uint32_t> allowed =
+      params.guide ? params.guide->allowed() : std::span<const uint32_t>();
+  if (!penalty && !mask && params.logit_bias.empty() && allowed.empty()) return logits;
   std::copy(logits.begin(), logits.end(), adjusted_.begin());
   if (penalty) {
     PHALANX_CHECK(request.counts != nullptr);
@@ -126,12 +138,42 @@ std::span<const float> Sampler::adjust(std::span<const float> logits,
       }
     }
   }
+  for (const auto& [id, bias] : params.logit_bias) {
+    if (id >= 0 && id < vocab_size_) adjusted_[static_cast<size_t>(id)] += bias;
+  }
   if (mask) {
     for (const int32_t id : params.stop_token_ids) {
       if (id >= 0 && id < vocab_size_) adjusted_[static_cast<size_t>(id)] = -kInfinity;
     }
   }
+  if (!allowed.empty()) apply_guide(allowed, request);
   return adjusted_;
+}
+
+void Sampler::apply_guide(std::span<const uint32_t> allowed, const SampleRequest& request) {
+  const auto covered = std::min<int64_t>(vocab_size_, std::ssize(allowed) * 32);
+  bool any = false;
+  for (int64_t begin = 0; begin < covered; begin += 32) {
+    const uint32_t word = allowed[static_cast<size_t>(begin / 32)];
+    if (word == ~uint32_t{0} && begin + 32 <= covered) {
+      any = true;
+      continue;
+    }
+    const int64_t end = std::min(begin + 32, covered);
+    for (int64_t i = begin; i < end; ++i) {
+      float& l = adjusted_[static_cast<size_t>(i)];
+      if ((word >> (i - begin) & 1) == 0) l = -kInfinity;
+      any |= l != -kInfinity;
+    }
+  }
+  std::fill(adjusted_.begin() + covered, adjusted_.end(), -kInfinity);
+  if (any) return;
+  // min_tokens has taken the stop ids, but nothing else may come.
+  for (const int32_t id : request.params->stop_token_ids) {
+    if (id < 0 || id >= covered) continue;
+    if ((allowed[static_cast<size_t>(id / 32)] >> (id % 32) & 1) != 0)
+      adjusted_[static_cast<size_t>(id)] = 0;
+  }
 }
 
 Sampler::Maximum Sampler::scan(std::span<const float> row) {

@@ -43,6 +43,7 @@ struct SampleResult {
   bool valid = false;  // false: NaN, +inf, or no token with a finite logit
   int32_t token = 0;
   float logprob = 0;  // with params->logprobs >= 0
+  std::string error;  // where not valid, what the guide says, if it was the guide
 };
 
 // One row of logits to one token, a function of its arguments alone (no state, no library
@@ -51,7 +52,9 @@ struct SampleResult {
 //   l = logit
 //   repetition:  token in prompt or output: l = l > 0 ? l / r : l * r
 //   frequency:   l -= f * (count in output);  presence: l -= p if in output
+//   logit_bias:  l += the id's bias
 //   min_tokens:  stop ids get -inf while outputs < min_tokens
+//   guide:       ids that may not come get -inf; where only stop ids may, min_tokens gives way
 //   temperature: below 1e-5 the highest l wins; else l / temperature
 //   min_p:       keeps exp(l - max) >= min_p
 //   top_k:       keeps the k highest
@@ -81,7 +84,9 @@ class Sampler {
     float value = 0;
     int32_t id = 0;
   };
+  // Throws what the guide throws.
   std::span<const float> adjust(std::span<const float> logits, const SampleRequest& request);
+  void apply_guide(std::span<const uint32_t> allowed, const SampleRequest& request);
   Maximum scan(std::span<const float> row);
   void select_top(std::span<const float> row, int64_t k);
   int32_t draw_from_candidates(const SamplingParams& params, float max, double uniform);

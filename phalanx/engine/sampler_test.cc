@@ -354,5 +354,81 @@ TEST(BlockPool, GivesAllOrNothing) {
   EXPECT_EQ(pool.total(), 5);
 }
 
+// Allows what it is told to.
+class FixedGuide final : public TokenGuide {
+ public:
+  explicit FixedGuide(std::vector<uint32_t> words) : words_(std::move(words)) {}
+  std::span<const uint32_t> allowed() override {
+    if (broken) throw Error(Code::kInvalidArgument, "no way on");
+    return words_;
+  }
+  void accept(int32_t) override {}
+  bool broken = false;
+
+ private:
+  std::vector<uint32_t> words_;
+};
+
+TEST(Sampler, TakesOnlyWhatTheGuideAllows) {
+  const std::vector<float> logits = random_logits(100, 5);
+  for (const float temperature : {0.0f, 1.0f}) {
+    for (const int32_t top_k : {-1, 3}) {
+      SamplingParams params{.temperature = temperature, .top_k = top_k};
+      params.guide = std::make_shared<FixedGuide>(std::vector<uint32_t>{0, 0x80u, 0, 0x3u});
+      std::set<int32_t> seen;
+      for (uint64_t seed = 1; seed < 60; ++seed) {
+        const SampleResult result = sample(logits, params, seed);
+        ASSERT_TRUE(result.valid);
+        seen.insert(result.token);
+      }
+      for (const int32_t token : seen) EXPECT_TRUE(token == 39 || token == 96 || token == 97) << token;
+      if (temperature > 0) EXPECT_GT(seen.size(), 1u);
+    }
+  }
+  // Fewer words than the vocabulary: what lies beyond may not come. No words: all may.
+  SamplingParams params{.temperature = 0};
+  params.guide = std::make_shared<FixedGuide>(std::vector<uint32_t>{0x10u});
+  EXPECT_EQ(sample(logits, params).token, 4);
+  const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+  params.guide = std::make_shared<FixedGuide>(std::vector<uint32_t>{});
+  EXPECT_EQ(sample(logits, params).token, best);
+}
+
+TEST(Sampler, AGuideThatHasNoWayOnEndsTheRequestWithItsReason) {
+  const std::vector<float> logits = random_logits(100, 5);
+  SamplingParams params{.temperature = 0};
+  const auto guide = std::make_shared<FixedGuide>(std::vector<uint32_t>{0, 0, 0, 0});
+  params.guide = guide;
+  SampleResult result = sample(logits, params);
+  EXPECT_FALSE(result.valid);
+  EXPECT_NE(result.error.find("allows no further token"), std::string::npos);
+  guide->broken = true;
+  result = sample(logits, params);
+  EXPECT_FALSE(result.valid);
+  EXPECT_EQ(result.error, "no way on");
+  // Where only a stop id may come, min_tokens gives way.
+  params.guide = std::make_shared<FixedGuide>(std::vector<uint32_t>{0x20u});
+  params.stop_token_ids = {5};
+  params.min_tokens = 9;
+  result = sample(logits, params);
+  EXPECT_TRUE(result.valid);
+  EXPECT_EQ(result.token, 5);
+}
+
+TEST(Sampler, AddsTheBias) {
+  const std::vector<float> logits = random_logits(100, 5);
+  SamplingParams params{.temperature = 0, .logprobs = 0};
+  params.logit_bias = {{7, 100.0f}, {9, -100.0f}};
+  const SampleResult result = sample(logits, params);
+  EXPECT_EQ(result.token, 7);
+  // Log-probabilities stay those of the model.
+  EXPECT_LT(result.logprob, -0.5f);
+  params.logit_bias = {{7, 100.0f}, {9, 100.0f}};
+  params.temperature = 1;
+  std::set<int32_t> seen;
+  for (uint64_t seed = 1; seed < 60; ++seed) seen.insert(sample(logits, params, seed).token);
+  EXPECT_EQ(seen, (std::set<int32_t>{7, 9}));
+}
+
 }  // namespace
 }  // namespace phalanx::engine

@@ -30,6 +30,8 @@ std::optional<std::string> check_sampling(const SamplingParams& p) {
     return wrong("frequency_penalty", p.frequency_penalty, "a finite number");
   if (p.max_tokens < 1) return wrong("max_tokens", p.max_tokens, "1 or more");
   if (p.min_tokens < 0) return wrong("min_tokens", p.min_tokens, "0 or more");
+  for (const auto& [id, bias] : p.logit_bias)
+    if (!std::isfinite(bias)) return wrong("logit_bias", bias, "a finite number");
   return std::nullopt;
 }
 
