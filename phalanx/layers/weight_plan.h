@@ -7,6 +7,7 @@
 
 #include "phalanx/base/error.h"
 #include "phalanx/ops/ops.h"
+#include "phalanx/quant/format.h"
 #include "phalanx/weights/weight_source.h"
 
 namespace phalanx::layers {
@@ -28,17 +29,22 @@ struct RowSlice {
 // made in the same order with the arena as base yields the same places, now with addresses.
 class WeightPlan {
  public:
-  // dtype: of the matrices as stored. base: 64-aligned, lent; nullptr: results carry no address.
-  WeightPlan(DType dtype, ops::Isa isa, std::byte* base = nullptr)
-      : dtype_(dtype), isa_(isa), base_(base) {}
+  // dtype: of the float matrices as stored. base: 64-aligned, lent; nullptr: results carry no
+  // address. formats: lent; nullptr: a float checkpoint.
+  WeightPlan(DType dtype, ops::Isa isa, std::byte* base = nullptr,
+             const quant::Formats* formats = nullptr)
+      : dtype_(dtype), isa_(isa), base_(base), formats_(formats) {}
 
   // A linear layer whose output rows are those of `parts`, one after the other (equal cols).
   ops::PackedLinear linear(std::vector<RowSlice> parts);
+  // The same as a float matrix, whatever the format of the parts.
+  ops::PackedLinear dense(std::vector<RowSlice> parts);
   // Gate and up of equal take.
   ops::PackedGated gated(RowSlice gate, RowSlice up);
-  // Rows as they are stored.
+  // Rows as they are stored, or the values of quantised ones.
   MatrixView rows(RowSlice part);
-  // The parts one after the other, converted to f32 (exactly). Parts have cols 0.
+  // The parts one after the other, converted to f32 (exactly). Parts have cols 0. nullptr where all of
+  // them are biases that belong to quantised layers.
   const float* vector(std::vector<RowSlice> parts);
 
   [[nodiscard]] int64_t arena_bytes() const { return arena_bytes_; }
@@ -55,23 +61,46 @@ class WeightPlan {
             const std::function<void(int64_t, int64_t)>& progress) const;
 
  private:
-  enum class Kind { kLinear, kGate, kUp, kRows, kVector };
+  // The last two: of a static input (scale, offset), and the order of k.
+  enum class Kind { kLinear, kGate, kUp, kRows, kVector, kInput, kOrder };
   struct Job {
     Kind kind = Kind::kRows;
     std::vector<RowSlice> parts;
+    std::vector<const quant::LinearFormat*> formats;  // of the parts; nullptr: float
+    ops::PackedLinear packed;  // kLinear, kGate, kUp of quantised layers: their layout
     int64_t rows = 0;    // taken, all parts
     int64_t cols = 0;
     int64_t offset = 0;  // in the arena
   };
   struct Piece;
   std::byte* place(int64_t bytes);
-  void add_job(Kind kind, std::vector<RowSlice> parts, int64_t offset);
+  Job& add_job(Kind kind, std::vector<RowSlice> parts, int64_t offset);
+  [[nodiscard]] const quant::LinearFormat* format_of(const RowSlice& part) const;
+  ops::PackedLinear float_linear(std::vector<RowSlice> parts);
+  ops::PackedLinear quantised_linear(std::vector<RowSlice> parts);
+  // Storage, group, zero points and input of a layer of these parts.
+  ops::PackedLinear layout_of(const std::vector<RowSlice>& parts);
+  const float* own_bias(const std::vector<RowSlice>& parts);
+  void verify_part(const Job& job, const RowSlice& part, const quant::LinearFormat* format,
+                   const weights::Checkpoint& checkpoint, Problems& problems) const;
   void load_piece(const Piece& piece, weights::WeightSource& source,
-                  std::vector<std::byte>& buffer) const;
+                  std::vector<std::byte>& buffer, Problems& problems) const;
+  void load_vector(const Job& job, weights::WeightSource& source,
+                   std::vector<std::byte>& buffer) const;
+  // Rows of a quantised tensor in the kernels' form; order: of k, where the layer has one.
+  [[nodiscard]] static quant::Rows read_quantised(const RowSlice& part,
+                                                  const quant::LinearFormat& format, Range rows,
+                                                  weights::WeightSource& source,
+                                                  Problems& problems,
+                                                  std::vector<int32_t>* order = nullptr);
+  // Rows [row_begin, + rows) of all taken ones, as stored or dequantised.
+  void read_float(const Job& job, int64_t row_begin, int64_t rows, weights::WeightSource& source,
+                  std::byte* out, Problems& problems) const;
 
   DType dtype_;
   ops::Isa isa_;
   std::byte* base_;
+  const quant::Formats* formats_;
   int64_t arena_bytes_ = 0;
   int64_t read_bytes_ = 0;
   std::vector<Job> jobs_;

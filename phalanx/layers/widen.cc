@@ -32,4 +32,17 @@ void widen(const std::byte* in, tensor::DType dtype, int64_t count, float* out) 
   }
 }
 
+void narrow(const float* in, int64_t count, tensor::DType dtype, std::byte* out) {
+  if (dtype == tensor::DType::kF32) {
+    if (count > 0) std::memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  PHALANX_CHECK(dtype == tensor::DType::kBF16 || dtype == tensor::DType::kF16);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t half = dtype == tensor::DType::kBF16 ? tensor::f32_to_bf16(in[i])
+                                                        : tensor::f32_to_f16(in[i]);
+    std::memcpy(out + i * 2, &half, sizeof half);
+  }
+}
+
 }  // namespace phalanx::layers

@@ -115,7 +115,7 @@ TEST_F(Config, RefusalsNameKeyFoundAndExpected) {
               "partial_rotary_factor: unsupported value, found 0.5");
   EXPECT_SAYS(refusal(R"({"rope_parameters": 7})"), "rope_parameters: wrong type, found 7");
   EXPECT_SAYS(refusal(R"({"quantization_config": {"quant_method": "awq"}})"),
-              "quantization_config: quantised checkpoints of this kind are not supported");
+              "no quantised tensors found");
   EXPECT_SAYS(refusal(R"({"tie_word_embeddings": "no"})"),
               R"(tie_word_embeddings: wrong type, found "no", expected true or false)");
   EXPECT_SAYS(refusal(R"({"rms_norm_eps": -1})"), "rms_norm_eps: out of range, found -1");

@@ -40,7 +40,8 @@ ops::Context::Options context_options(const ModelInfo& info, const RankLayout& o
                                 own.hidden_rows.size(), qkv_columns(info, own)}),
           .max_heads = own.query_heads.size(),
           .max_head_dim = info.head_dim,
-          .max_context = options.max_sequence};
+          .max_context = options.max_sequence,
+          .quantised = info.formats != nullptr};
 }
 
 layers::KvCache::Shape kv_shape(const ModelInfo& info, const RankLayout& own, int64_t block_size) {
@@ -124,14 +125,14 @@ Activations::Activations(layers::Carver& carver, const ModelInfo& info, const Ra
 
 void verify_checkpoint(const ModelInfo& info, const weights::Checkpoint& checkpoint,
                        Problems& problems) {
-  layers::WeightPlan plan(info.dtype, ops::Isa::kRef);
+  layers::WeightPlan plan(info.dtype, ops::Isa::kRef, nullptr, info.formats.get());
   const std::vector<double> alone = {1.0};
   const DecoderLayers declared(plan, {.info = info}, plan_layout(info, alone), 0, 0);
   plan.verify(checkpoint, problems);
 }
 
 int64_t parameter_bytes(const ModelInfo& info) {
-  layers::WeightPlan plan(info.dtype, ops::Isa::kRef);
+  layers::WeightPlan plan(info.dtype, ops::Isa::kRef, nullptr, info.formats.get());
   const std::vector<double> alone = {1.0};
   const DecoderLayers declared(plan, {.info = info}, plan_layout(info, alone), 0, 0);
   return plan.read_bytes();
@@ -140,7 +141,7 @@ int64_t parameter_bytes(const ModelInfo& info) {
 MemoryNeed memory_need(const ModelInfo& info, const ModelOptions& options) {
   const auto layout = plan_layout(info, options.weights);
   const RankLayout& own = of_rank(layout, options.rank);
-  layers::WeightPlan plan(info.dtype, options.isa);
+  layers::WeightPlan plan(info.dtype, options.isa, nullptr, info.formats.get());
   const DecoderLayers declared(plan, {.info = info}, layout, 0, options.rank);
   layers::Carver carver;
   const Activations activations(carver, info, own, options);
@@ -172,11 +173,12 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
   problems.throw_if_any(fmt::format("checkpoint {} cannot be used", options.directory));
 
   const auto layout = plan_layout(config.info, options.weights);
-  layers::WeightPlan measured(config.info.dtype, options.isa);
+  layers::WeightPlan measured(config.info.dtype, options.isa, nullptr, config.info.formats.get());
   (void)DecoderLayers(measured, config, layout, 0, options.rank);
   arena_ = std::make_unique<weights::Arena>(measured.arena_bytes());
   (void)arena_->take_huge_pages();
-  layers::WeightPlan plan(config.info.dtype, options.isa, arena_->data());
+  layers::WeightPlan plan(config.info.dtype, options.isa, arena_->data(),
+                          config.info.formats.get());
   layers_ = std::make_unique<DecoderLayers>(plan, config, layout, options.max_step_tokens,
                                             options.rank);
   weights::WeightSource source(checkpoint);

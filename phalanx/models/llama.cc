@@ -89,10 +89,6 @@ DecoderConfig read_common(const ConfigReader& config) {
   result.rotary = read_rotary(config);
   if (config.text("hidden_act", "silu") != "silu")
     config.refuse("hidden_act", "unsupported activation", "silu");
-  if (config.has("quantization_config"))
-    config.refuse("quantization_config", "quantised checkpoints of this kind are not supported",
-                  "a float checkpoint (bfloat16, float16 or float32)",
-                  "use the unquantised checkpoint");
   return result;
 }
 

@@ -10,6 +10,7 @@
 
 #include "phalanx/comm/group.h"
 #include "phalanx/ops/ops.h"
+#include "phalanx/quant/format.h"
 #include "phalanx/tensor/cut.h"
 
 namespace phalanx::models {
@@ -32,6 +33,8 @@ struct ModelInfo {
   bool output_bias = false;  // of the attention's output projection
   bool mlp_bias = false;
   int64_t parameter_bytes = 0;  // whole checkpoint, as stored
+  // How the linear layers are stored; nullptr: all float.
+  std::shared_ptr<const quant::Formats> formats;
 };
 
 // Who computes which outputs. A pure function of (ModelInfo, weights), the same on every node.

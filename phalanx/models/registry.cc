@@ -6,6 +6,7 @@
 
 #include "phalanx/layers/weight_plan.h"
 #include "phalanx/weights/checkpoint.h"
+#include "phalanx/weights/quant_formats.h"
 
 namespace phalanx::models {
 namespace {
@@ -41,6 +42,7 @@ FamilyConfig read_config(const std::string& directory) {
   const ConfigReader reader(directory + "/config.json", problems);
   const Family& family = family_of(reader);
   DecoderConfig config = family.read(reader);
+  config.info.formats = weights::read_quant_formats(directory, problems);
   problems.throw_if_any(fmt::format("model {} cannot be used", directory));
   config.info.model_type = family.model_type;
   config.info.parameter_bytes = parameter_bytes(config.info);

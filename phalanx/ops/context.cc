@@ -4,6 +4,7 @@
 
 #include "phalanx/base/error.h"
 #include "phalanx/ops/cpu/cpu.h"
+#include "phalanx/ops/cpu/integer_kernels.h"
 #include "phalanx/ops/ops.h"
 #include "phalanx/ops/packing.h"
 #include "phalanx/ops/scratch.h"
@@ -43,6 +44,24 @@ const cpu::Kernels* cpu::kernels_of(Isa isa) {
   return nullptr;
 }
 
+const cpu::IntegerKernels* cpu::integer_kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::kAvx2: return &cpu::avx2_integer_kernels();
+    // Sums of integers are exact: every path of them gives the same bits.
+    case Isa::kAvx512:
+      return __builtin_cpu_supports("avx512vnni") ? &cpu::avx512_integer_kernels()
+                                                  : &cpu::avx2_integer_kernels();
+    case Isa::kAvx512Bf16:
+      return __builtin_cpu_supports("avx512vbmi") ? &cpu::avx512bf16_integer_kernels()
+                                                  : &cpu::avx512_integer_kernels();
+    default: break;
+  }
+#endif
+  PHALANX_CHECK(isa == Isa::kRef);
+  return nullptr;
+}
+
 namespace {
 
 void lay_out(const Context::Options& options, int threads, Pieces& pieces,
@@ -63,6 +82,19 @@ void lay_out(const Context::Options& options, int threads, Pieces& pieces,
     t.chunk_sum = pieces.take<float>(rows);
     t.max = pieces.take<float>(rows);
     t.sum = pieces.take<float>(rows);
+    if (options.quantised) {
+      t.expanded = pieces.take<std::byte>(cpu::kGroupPanels * kExpandK * tensor::kPanelRows * 2);
+      t.totals = pieces.take<float>(kTokenBlock * cpu::kGroupPanels * tensor::kPanelRows);
+    }
+  }
+  if (options.quantised) {
+    const int64_t tokens = std::min(kTokenBlock, options.max_tokens);
+    scratch.prepared_stride = (options.max_k + 63) / 64 * 64 * static_cast<int64_t>(sizeof(float));
+    scratch.prepared = pieces.take<std::byte>(tokens * scratch.prepared_stride);
+    scratch.token_scale = pieces.take<float>(tokens);
+    scratch.token_sum = pieces.take<int32_t>(tokens);
+    scratch.group_sums = pieces.take<float>(tokens * (options.max_k / cpu::kLeastGroup + 1));
+    scratch.halves = pieces.take<float>(kHalvesTokens * 2 * options.max_rows);
   }
   if (threads > 1) {
     // Room for two sequences of one token each to be shared out whole.
@@ -80,6 +112,7 @@ int64_t item_count(const Context::Options& options, int threads) {
 void measure(const Context::Options& options, int threads, Context::Scratch& scratch) {
   scratch.kernels = cpu::kernels_of(options.isa);
   if (scratch.kernels == nullptr) return;
+  scratch.integers = cpu::integer_kernels_of(options.isa);
   scratch.max_tokens = options.max_tokens;
   scratch.max_k = options.max_k;
   scratch.max_head_dim = options.max_head_dim;

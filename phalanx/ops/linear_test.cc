@@ -19,7 +19,7 @@ struct Packed {
     for (int64_t row = 0; row < v.rows; row += 48)
       pack_rows(v.rows_of(row, std::min<int64_t>(48, v.rows - row)), row, v.rows, memory.data(),
                 isa);
-    w = {memory.data(), v.rows, v.cols, v.dtype, isa};
+    w = {.data = memory.data(), .rows = v.rows, .k = v.cols, .dtype = v.dtype, .isa = isa};
   }
   Aligned memory;
   PackedLinear w;
@@ -31,7 +31,9 @@ struct PackedPair {
     const MatrixView& v = gate.view();
     pack_gated_rows(gate.view(), 0, v.rows, 0, memory.data(), isa);
     pack_gated_rows(up.view(), 0, v.rows, 1, memory.data(), isa);
-    w = {{memory.data(), 2 * panels_of(v.rows) * 16, v.cols, v.dtype, isa}, v.rows};
+    w = {.panels = {.data = memory.data(), .rows = 2 * panels_of(v.rows) * 16, .k = v.cols,
+                    .dtype = v.dtype, .isa = isa},
+         .rows = v.rows};
   }
   Aligned memory;
   PackedGated w;

@@ -19,6 +19,8 @@ void check_matrix(const MatrixView& m) {
   PHALANX_CHECK(m.rows == 0 || m.cols == 0 || m.data != nullptr);
 }
 
+bool is_float(const PackedLinear& w) { return w.storage == quant::Storage::kFloat; }
+
 void check_linear(const MatrixView& x, const PackedLinear& w, int64_t rows, const MatrixView& out) {
   check_matrix(x);
   check_matrix(out);
@@ -27,6 +29,7 @@ void check_linear(const MatrixView& x, const PackedLinear& w, int64_t rows, cons
   PHALANX_CHECK(is_act(out.dtype));
   PHALANX_CHECK(x.cols == w.k && out.cols == rows && out.rows == x.rows);
   PHALANX_CHECK(w.rows == 0 || w.data != nullptr);
+  PHALANX_CHECK(is_float(w) || w.group > 0);
 }
 
 void check_norm(const MatrixView& x, const float* weight, const MatrixView& out) {
@@ -52,17 +55,43 @@ void check_kv(const KvLayer& kv) {
 
 void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
             const MatrixView& out) {
+  if (!w.parts.empty()) {
+    int64_t begin = 0;
+    for (const PackedLinear& part : w.parts) {
+      linear(ctx, x, part, bias != nullptr ? bias + begin : nullptr,
+             out.columns(begin, part.rows));
+      begin += part.rows;
+    }
+    PHALANX_CHECK(begin == w.rows && begin == out.cols);
+    return;
+  }
   check_linear(x, w, w.rows, out);
-  if (on_reference(ctx)) return ref::linear(x, w, bias, out, kFma32);
-  cpu::linear(ctx, x, w, bias, out);
+  if (w.own_bias != nullptr) bias = w.own_bias;
+  if (is_float(w)) {
+    if (on_reference(ctx)) return ref::linear(x, w, bias, out, kFma32);
+    return cpu::linear(ctx, x, w, bias, out);
+  }
+  if (on_reference(ctx)) return ref::linear_quantised(x, w, bias, out, kFma32);
+  cpu::linear_quantised(ctx, x, w, bias, out);
 }
 
 void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const float* gate_bias,
                   const float* up_bias, const MatrixView& out) {
-  check_linear(x, w.panels, w.rows, out);
-  PHALANX_CHECK(w.panels.rows == 2 * panels_of(w.rows) * tensor::kPanelRows);
-  if (on_reference(ctx)) return ref::gated_linear(x, w, gate_bias, up_bias, out, kFma32);
-  cpu::gated_linear(ctx, x, w, gate_bias, up_bias, out);
+  if (w.own_gate_bias != nullptr) gate_bias = w.own_gate_bias;
+  if (w.own_up_bias != nullptr) up_bias = w.own_up_bias;
+  if (w.halves.empty()) {
+    check_linear(x, w.panels, w.rows, out);
+    PHALANX_CHECK(w.panels.rows == 2 * panels_of(w.rows) * tensor::kPanelRows);
+  } else {
+    PHALANX_CHECK(w.halves.size() == 2);
+    for (const PackedLinear& half : w.halves) check_linear(x, half, w.rows, out);
+  }
+  if (w.halves.empty() && is_float(w.panels)) {
+    if (on_reference(ctx)) return ref::gated_linear(x, w, gate_bias, up_bias, out, kFma32);
+    return cpu::gated_linear(ctx, x, w, gate_bias, up_bias, out);
+  }
+  if (on_reference(ctx)) return ref::gated_quantised(x, w, gate_bias, up_bias, out, kFma32);
+  cpu::gated_quantised(ctx, x, w, gate_bias, up_bias, out);
 }
 
 void rms_norm(Context& ctx, const MatrixView& x, const float* weight, float eps,

@@ -16,6 +16,7 @@
 
 #include "phalanx/base/thread_pool.h"
 #include "phalanx/ops/isa.h"
+#include "phalanx/quant/format.h"
 #include "phalanx/tensor/cut.h"
 #include "phalanx/tensor/dtype.h"
 #include "phalanx/tensor/tensor_view.h"
@@ -36,6 +37,7 @@ class Context {
     int64_t max_heads = 0;       // local query heads
     int64_t max_head_dim = 0;
     int64_t max_context = 0;     // longest sequence
+    bool quantised = false;      // some linear layer has a storage other than kFloat
   };
   Context(const Options& options, ThreadPool& pool);
   ~Context();
@@ -62,6 +64,17 @@ struct PackedLinear {
   int64_t k = 0;
   DType dtype = DType::kBF16;  // of the stored weights: bf16, f16, f32
   Isa isa = Isa::kRef;
+
+  // Quantised weights (ops/quantised.h). dtype is then that of the checkpoint's float tensors, so
+  // that x has the same type as before a float weight: bf16, or f32.
+  quant::Storage storage = quant::Storage::kFloat;
+  int64_t group = 0;               // k per scale
+  bool zeros = false;              // zero points are stored
+  const float* input = nullptr;    // kInt8: scale and offset of static activations; else per token
+  const int32_t* order = nullptr;  // [k]: column of x that belongs to each place, or 0, 1, 2, ...
+  const float* own_bias = nullptr; // f32 [rows]: the bias that belongs to the format; instead of `bias`
+  // Rows of several formats, one after the other; nothing of the above but rows and k counts then.
+  std::vector<PackedLinear> parts;
 };
 
 // Bytes that pack needs for [rows, k] of `dtype`, a multiple of 64; the address must be 64-aligned.
@@ -73,7 +86,7 @@ void pack_rows(const MatrixView& source, int64_t row_begin, int64_t rows, std::b
 // One row back as it was stored (bit-exact). out: k elements of w.dtype. For tied embeddings.
 void unpack_row(const PackedLinear& w, int64_t row, void* out);
 
-// out[T, rows] = x[T, k] * W^T (+ bias f32[rows]). x: act (bf16 when weights are bf16, else f32).
+// out[T, rows] = x[T, k] * W^T (+ bias f32[rows]), whatever the storage of w. x: act (bf16 when weights are bf16, else f32).
 // out: act or f32; rounded to out.dtype once, after the bias. Any strides.
 void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
             const MatrixView& out);
@@ -84,6 +97,10 @@ void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const floa
 struct PackedGated {
   PackedLinear panels;  // rows = 2 * padded n
   int64_t rows = 0;     // n
+  const float* own_gate_bias = nullptr;  // as PackedLinear::own_bias
+  const float* own_up_bias = nullptr;
+  // Gate and up of different formats: two layers instead of panels.
+  std::vector<PackedLinear> halves;
 };
 [[nodiscard]] int64_t packed_gated_bytes(int64_t rows, int64_t k, DType dtype, Isa isa);
 // As pack_rows, for the gate (which = 0) or up (which = 1) half.

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "phalanx/ops/cpu/integer_kernels.h"
 #include "phalanx/ops/cpu/kernels.h"
 #include "phalanx/ops/ops.h"
 
@@ -14,6 +15,10 @@ namespace phalanx::ops {
 
 // Tokens whose f32 results one thread keeps while it walks through k.
 inline constexpr int64_t kTokenBlock = 384;
+// k of a panel that is expanded at once.
+inline constexpr int64_t kExpandK = 1024;
+// Tokens of a gated layer of two formats that are done at once.
+inline constexpr int64_t kHalvesTokens = 32;
 // Query rows (tokens times heads of one group) that share one packing of keys and values.
 inline constexpr int64_t kQueryRows = 96;
 
@@ -44,6 +49,9 @@ struct ThreadScratch {
   float* chunk_sum = nullptr;
   float* max = nullptr;
   float* sum = nullptr;
+  // Of quantised weights:
+  std::byte* expanded = nullptr;  // [kGroupPanels][kExpandK][16] of bf16
+  float* totals = nullptr;        // [kTokenBlock][16 * kGroupPanels]
 };
 
 struct Context::Scratch {
@@ -53,6 +61,15 @@ struct Context::Scratch {
   int64_t max_tokens = 0;
   int64_t max_k = 0;
   int64_t max_head_dim = 0;
+
+  // Of quantised weights, for kTokenBlock tokens (nullptr unless Options::quantised):
+  const cpu::IntegerKernels* integers = nullptr;
+  std::byte* prepared = nullptr;   // [kTokenBlock][prepared_stride]: quantised or reordered inputs
+  int64_t prepared_stride = 0;     // bytes
+  float* token_scale = nullptr;    // [kTokenBlock]
+  int32_t* token_sum = nullptr;    // [kTokenBlock]
+  float* group_sums = nullptr;     // [kTokenBlock][max_k / kLeastGroup + 1]
+  float* halves = nullptr;         // [kHalvesTokens][2 * max_rows]
 
   float* widened = nullptr;  // [max_tokens][max_k]: bf16 inputs of f32 products
   std::vector<ThreadScratch> threads;

@@ -6,6 +6,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -24,6 +25,22 @@ bool exists(const std::string& path) {
 bool is_plain_file_name(const std::string& name) {
   return !name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos &&
          name.find('\0') == std::string::npos;
+}
+
+// msModelSlim's quant_model_weight_<type>.safetensors, or the index of several; empty: none.
+std::string quantised_weights(const std::string& directory) {
+  std::string file;
+  std::error_code ignored;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, ignored)) {
+    const std::string name = entry.path().filename();
+    if (!name.starts_with("quant_model_weight")) continue;
+    if (name.ends_with(".safetensors.index.json")) return directory + "/" + name;
+    // A part of several carries a number.
+    if (name.ends_with(".safetensors") && name.find("-of-") == std::string::npos &&
+        (file.empty() || name < file))
+      file = name;
+  }
+  return file.empty() ? "" : directory + "/" + file;
 }
 
 }  // namespace
@@ -45,6 +62,11 @@ void Checkpoint::open(Problems& problems) {
     add_file(single, problems);
   } else if (exists(index)) {
     add_indexed(index, problems);
+  } else if (const std::string quantised = quantised_weights(directory_); !quantised.empty()) {
+    if (quantised.ends_with(".json"))
+      add_indexed(quantised, problems);
+    else
+      add_file(quantised, problems);
   } else {
     problems.add({.what = "no weights found", .where = directory_,
                   .found = "neither model.safetensors nor model.safetensors.index.json",

@@ -12,7 +12,7 @@
 namespace phalanx::weights {
 
 // The tensors of a checkpoint directory: model.safetensors, or model.safetensors.index.json and the
-// files it names. Headers are verified, no weight is read. Immutable afterwards: any thread.
+// files it names, or the same as quant_model_weight*.safetensors. Headers are verified, no weight is read. Immutable afterwards: any thread.
 class Checkpoint {
  public:
   // Adds everything that is wrong to `problems`, and is of use only if nothing was.

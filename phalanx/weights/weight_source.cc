@@ -26,8 +26,18 @@ const TensorEntry& WeightSource::ask(std::string_view name) {
 void WeightSource::read_rows(const TensorEntry& entry, int64_t row_begin, int64_t rows,
                              std::byte* out) {
   PHALANX_CHECK(row_begin >= 0 && rows >= 0 && row_begin + rows <= entry.rows());
-  int64_t left = rows * entry.row_bytes();
-  int64_t offset = entry.offset + row_begin * entry.row_bytes();
+  read(entry, entry.offset + row_begin * entry.row_bytes(), rows * entry.row_bytes(), out);
+}
+
+void WeightSource::read_columns(const TensorEntry& entry, int64_t begin, int64_t bytes,
+                                std::byte* out) {
+  PHALANX_CHECK(begin >= 0 && bytes >= 0 && begin + bytes <= entry.row_bytes());
+  if (bytes == entry.row_bytes()) return read(entry, entry.offset, entry.bytes, out);
+  for (int64_t row = 0; row < entry.rows(); ++row)
+    read(entry, entry.offset + row * entry.row_bytes() + begin, bytes, out + row * bytes);
+}
+
+void WeightSource::read(const TensorEntry& entry, int64_t offset, int64_t left, std::byte* out) {
   while (left > 0) {
     const ssize_t n =
         ::pread(checkpoint_.fd_of(entry), out, static_cast<size_t>(std::min<int64_t>(left, 1 << 30)),

@@ -25,7 +25,10 @@ class WeightSource {
   // (rows * entry.row_bytes() bytes). Throws Error(kDataLoss) when the file has shrunk,
   // kUnavailable on a read error.
   void read_rows(const TensorEntry& entry, int64_t row_begin, int64_t rows, std::byte* out);
+  // Of every index of the first dimension, bytes [begin, begin + bytes), one after the other.
+  void read_columns(const TensorEntry& entry, int64_t begin, int64_t bytes, std::byte* out);
 
+  [[nodiscard]] const Checkpoint& checkpoint() const { return checkpoint_; }
   [[nodiscard]] int64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
   [[nodiscard]] int64_t tensors_asked() const;
 
@@ -34,6 +37,8 @@ class WeightSource {
   std::vector<std::string> finish(std::span<const std::string_view> known_extras);
 
  private:
+  void read(const TensorEntry& entry, int64_t offset, int64_t bytes, std::byte* out);
+
   const Checkpoint& checkpoint_;
   std::atomic<int64_t> bytes_read_{0};
   mutable std::mutex mutex_;  // guards asked_

@@ -11,13 +11,20 @@
 namespace phalanx::ops::cpu {
 
 struct Kernels;
+struct IntegerKernels;
 // nullptr for the reference. The machine must have `isa`.
 [[nodiscard]] const Kernels* kernels_of(Isa isa);
+[[nodiscard]] const IntegerKernels* integer_kernels_of(Isa isa);
 
 void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
             const MatrixView& out);
 void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const float* gate_bias,
                   const float* up_bias, const MatrixView& out);
+// Weights that are not float (quantised.h).
+void linear_quantised(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
+                      const MatrixView& out);
+void gated_quantised(Context& ctx, const MatrixView& x, const PackedGated& w,
+                     const float* gate_bias, const float* up_bias, const MatrixView& out);
 
 // residual += delta if delta is not nullptr; out = rms_norm(residual) if out is not nullptr.
 void add_norm(Context& ctx, const MatrixView& residual, const MatrixView* delta,

@@ -23,6 +23,11 @@ void linear(const MatrixView& x, const PackedLinear& w, const float* bias, const
             NumericClass numeric_class);
 void gated_linear(const MatrixView& x, const PackedGated& w, const float* gate_bias,
                   const float* up_bias, const MatrixView& out, NumericClass numeric_class);
+// The same for weights that are not float (quantised.h).
+void linear_quantised(const MatrixView& x, const PackedLinear& w, const float* bias,
+                      const MatrixView& out, NumericClass numeric_class);
+void gated_quantised(const MatrixView& x, const PackedGated& w, const float* gate_bias,
+                     const float* up_bias, const MatrixView& out, NumericClass numeric_class);
 
 void rms_norm(const MatrixView& x, const float* weight, float eps, const MatrixView& out);
 void add(const MatrixView& residual, const MatrixView& delta);

@@ -1,0 +1,288 @@
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "phalanx/ops/cpu/cpu.h"
+#include "phalanx/ops/cpu/integer_kernels.h"
+#include "phalanx/ops/cpu/kernels.h"
+#include "phalanx/ops/packing.h"
+#include "phalanx/ops/quantised.h"
+#include "phalanx/ops/scratch.h"
+
+namespace phalanx::ops::cpu {
+namespace {
+
+using quant::Storage;
+using tensor::Range;
+constexpr int64_t kPanel = tensor::kPanelRows;
+constexpr int64_t kSumStride = kGroupPanels * kPanel;
+
+Codes codes_of(Storage storage) {
+  return storage == Storage::kCodes4   ? Codes::k4
+         : storage == Storage::kCodes8 ? Codes::k8
+                                       : Codes::kFp8;
+}
+
+// The inputs of up to kTokenBlock tokens as the kernels of w want them.
+struct Prepared {
+  const std::byte* x = nullptr;
+  int64_t stride = 0;  // bytes
+  const float* group_sums = nullptr;
+  int64_t groups = 0;
+};
+
+void reorder(const MatrixView& x, int64_t t, const PackedLinear& w, bool widened, std::byte* out) {
+  const bool bf16 = x.dtype == DType::kBF16;
+  for (int64_t k = 0; k < w.k; ++k) {
+    const int64_t from = w.order != nullptr ? w.order[k] : k;
+    if (!bf16)
+      reinterpret_cast<float*>(out)[k] = x.row<const float>(t)[from];
+    else if (widened)
+      reinterpret_cast<float*>(out)[k] = tensor::bf16_to_f32(x.row<const uint16_t>(t)[from]);
+    else
+      reinterpret_cast<uint16_t*>(out)[k] = x.row<const uint16_t>(t)[from];
+  }
+  const int64_t bytes = bf16 && !widened ? 2 : 4;
+  std::memset(out + w.k * bytes, 0, static_cast<size_t>(((w.k + 15) / 16 * 16 - w.k) * bytes));
+}
+
+Prepared prepare(Context& ctx, const MatrixView& x, const PackedLinear& w, bool pairs) {
+  Context::Scratch& s = ctx.scratch();
+  const IntegerKernels& integers = *s.integers;
+  PHALANX_CHECK(s.prepared != nullptr && w.k <= s.max_k);
+  const bool bf16 = x.dtype == DType::kBF16;
+  const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(x.dtype));
+  Prepared p{.x = static_cast<const std::byte*>(x.data), .stride = x.stride * bytes};
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, w.k));
+  if (w.storage == Storage::kInt8) {
+    PHALANX_CHECK(w.order == nullptr);
+    p = {.x = s.prepared, .stride = (w.k + 63) / 64 * 64};
+    ctx.pool().for_each(x.rows, grain, [&](int64_t t) {
+      integers.quantise(x.row<const std::byte>(0) + t * x.stride * bytes, bf16, w.input, w.k,
+                        reinterpret_cast<int8_t*>(s.prepared + t * p.stride), s.token_scale + t,
+                        s.token_sum + t);
+    });
+    return p;
+  }
+  const bool widen = bf16 && !pairs;
+  const bool copy = widen || w.order != nullptr || (pairs && w.k % 8 != 0);
+  p.groups = (w.k + w.group - 1) / w.group;
+  if (copy)
+    p = {.x = s.prepared, .stride = (w.k + 15) / 16 * 16 * (pairs ? 2 : 4), .groups = p.groups};
+  if (w.zeros) p.group_sums = s.group_sums;
+  if (!copy && !w.zeros) return p;
+  ctx.pool().for_each(x.rows, grain, [&](int64_t t) {
+    if (copy) reorder(x, t, w, widen, s.prepared + t * p.stride);
+    if (w.zeros)
+      integers.sum_groups(p.x + t * p.stride, pairs, w.k, w.group, s.group_sums + t * p.groups);
+  });
+  return p;
+}
+
+// Hands out [0, count) in contiguous runs, long ones first.
+Range take_run(std::atomic<int64_t>& next, int64_t count, int64_t threads) {
+  int64_t begin = next.load(std::memory_order_relaxed);
+  for (;;) {
+    if (begin >= count) return {};
+    const int64_t run =
+        threads == 1 ? count : std::max<int64_t>(1, (count - begin) / (2 * threads));
+    if (next.compare_exchange_weak(begin, begin + run, std::memory_order_relaxed))
+      return {begin, begin + run};
+  }
+}
+
+// The outputs of one item: panels by all tokens of the block, in f32.
+struct Item {
+  const PackedLinear& w;
+  const Prepared& prepared;
+  int64_t tokens = 0;
+  int64_t panel_bytes = 0;
+  Range panels;
+  int64_t next_panel = 0;
+};
+
+float* int8_sums(Context& ctx, const Item& i, ThreadScratch& thread) {
+  constexpr int64_t kBlock = 2048;
+  const Context::Scratch& s = ctx.scratch();
+  const int64_t padded = (i.w.k + 3) / 4 * 4;
+  const int64_t step = i.tokens <= kTileRows ? padded : kBlock;
+  const std::byte* w = i.w.data + i.panels.begin * i.panel_bytes;
+  for (int64_t k = 0; k < padded; k += step) {
+    const bool last = k + step >= padded;
+    s.integers->multiply_int8(
+        {.x = reinterpret_cast<const int8_t*>(i.prepared.x) + k,
+         .x_stride = i.prepared.stride,
+         .rows = i.tokens,
+         .x_sum = s.token_sum,
+         .w = w + k * kPanel,
+         .panel_stride = i.panel_bytes,
+         .panels = i.panels.size(),
+         .k = std::min(step, padded - k),
+         .c = reinterpret_cast<int32_t*>(thread.sums),
+         .c_stride = kSumStride,
+         .accumulate = k > 0,
+         .next = last ? i.w.data + i.next_panel * i.panel_bytes : w + (k + step) * kPanel});
+  }
+  s.integers->finish_int8(thread.sums, kSumStride, i.tokens, i.panels.size(),
+                          w + padded * kPanel, i.panel_bytes, s.token_scale, s.token_sum);
+  return thread.sums;
+}
+
+float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs) {
+  const Context::Scratch& s = ctx.scratch();
+  const IntegerKernels& integers = *s.integers;
+  const PackedLinear& w = i.w;
+  const Codes codes = codes_of(w.storage);
+  if (pairs && integers.stream != nullptr && i.tokens <= kStreamRows) {
+    integers.stream({.codes = codes,
+                     .x = reinterpret_cast<const uint16_t*>(i.prepared.x),
+                     .x_stride = i.prepared.stride / 2,
+                     .rows = i.tokens,
+                     .x_sums = i.prepared.group_sums,
+                     .x_sums_stride = i.prepared.groups,
+                     .w = w.data + i.panels.begin * i.panel_bytes,
+                     .panel_stride = i.panel_bytes,
+                     .panels = i.panels.size(),
+                     .k = w.k,
+                     .group = w.group,
+                     .c = thread.totals,
+                     .c_stride = kSumStride});
+    return thread.totals;
+  }
+  // Codes become bf16 (or f16 for inputs of f32) in the cache, and then the float kernel's weights.
+  const auto call = pairs || w.dtype == DType::kBF16 ? s.kernels->multiply_bf16
+                                                     : s.kernels->multiply_f16;
+  const bool as_pairs = w.dtype == DType::kBF16;
+  const int64_t x_bytes = pairs ? 2 : 4;
+  for (int64_t g = 0; g < i.prepared.groups; ++g) {
+    const PackedGroup group = packed_group(w, i.panels.begin, g);
+    for (int64_t k = group.k_begin; k < group.k_end; k += kExpandK) {
+      const int64_t count = std::min(kExpandK, group.k_end - k);
+      const int64_t stride = (count + count % 2) * kPanel * 2;
+      for (int64_t p = 0; p < i.panels.size(); ++p)
+        integers.expand(codes,
+                        group.codes + p * i.panel_bytes + code_bytes(w.storage, k - group.k_begin),
+                        count, as_pairs, thread.expanded + p * stride);
+      call({.x = i.prepared.x + k * x_bytes,
+            .x_stride = i.prepared.stride / x_bytes,
+            .rows = i.tokens,
+            .w = thread.expanded,
+            .panel_stride = stride,
+            .panels = i.panels.size(),
+            .k = count,
+            .c = thread.sums,
+            .c_stride = kSumStride,
+            .accumulate = k > group.k_begin});
+    }
+    integers.apply(thread.totals, thread.sums, kSumStride, i.tokens, i.panels.size(),
+                   reinterpret_cast<const std::byte*>(group.scale), i.panel_bytes,
+                   w.zeros ? i.prepared.group_sums + g : nullptr, i.prepared.groups, g == 0);
+  }
+  return thread.totals;
+}
+
+// finish(sums, panels, tokens): the epilogue of one item.
+template <typename Finish>
+void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish finish) {
+  Context::Scratch& scratch = ctx.scratch();
+  ThreadPool& pool = ctx.pool();
+  if (x.rows == 0 || w.rows == 0) return;
+  const bool pairs = x.dtype == DType::kBF16 && scratch.kernels->pairs;
+  const int64_t bytes = quantised_panel_bytes(w.storage, w.k, w.group, w.zeros);
+  const int64_t panels = panels_of(w.rows);
+  const int64_t threads = pool.size();
+  int64_t unit = kGroupPanels;
+  if (threads > 1 && panels < 4 * kGroupPanels * threads) unit = 2;
+  const int64_t count = (panels + unit - 1) / unit;
+  const auto panels_of_item = [&](int64_t item) {
+    return Range{item * unit, std::min((item + 1) * unit, panels)};
+  };
+  for (int64_t t = 0; t < x.rows; t += kTokenBlock) {
+    const Range tokens{t, std::min(t + kTokenBlock, x.rows)};
+    const Prepared prepared = prepare(ctx, x.rows_of(t, tokens.size()), w, pairs);
+    scratch.next_item.store(0, std::memory_order_relaxed);
+    pool.run([&](int number) {
+      ThreadScratch& thread = scratch.threads[static_cast<size_t>(number)];
+      for (Range now = take_run(scratch.next_item, count, threads); now.size() > 0;
+           now = take_run(scratch.next_item, count, threads)) {
+        for (int64_t item = now.begin; item < now.end; ++item) {
+          const Item i{.w = w, .prepared = prepared, .tokens = tokens.size(), .panel_bytes = bytes,
+                       .panels = panels_of_item(item),
+                       .next_panel = item + 1 < now.end ? (item + 1) * unit : item * unit};
+          const float* sums = w.storage == Storage::kInt8 ? int8_sums(ctx, i, thread)
+                                                          : code_sums(ctx, i, thread, pairs);
+          finish(sums, i.panels, tokens);
+        }
+      }
+    });
+  }
+}
+
+void any_linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
+                const MatrixView& out) {
+  if (w.storage == Storage::kFloat)
+    cpu::linear(ctx, x, w, bias, out);
+  else
+    linear_quantised(ctx, x, w, bias, out);
+}
+
+void gated_halves(Context& ctx, const MatrixView& x, const PackedGated& w, const float* gate_bias,
+                  const float* up_bias, const MatrixView& out) {
+  Context::Scratch& scratch = ctx.scratch();
+  const Kernels& kernels = *scratch.kernels;
+  const bool bf16 = out.dtype == DType::kBF16;
+  const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(out.dtype));
+  for (int64_t t = 0; t < x.rows; t += kHalvesTokens) {
+    const int64_t count = std::min(kHalvesTokens, x.rows - t);
+    const MatrixView gate{scratch.halves, DType::kF32, count, w.rows, 2 * w.rows};
+    const MatrixView up{scratch.halves + w.rows, DType::kF32, count, w.rows, 2 * w.rows};
+    any_linear(ctx, x.rows_of(t, count), w.halves[0], gate_bias, gate);
+    any_linear(ctx, x.rows_of(t, count), w.halves[1], up_bias, up);
+    ctx.pool().for_each(count, 1, [&](int64_t m) {
+      alignas(64) float both[32] = {};
+      for (int64_t n = 0; n < w.rows; n += kPanel) {
+        const int64_t cols = std::min(kPanel, w.rows - n);
+        std::memcpy(both, gate.row<float>(m) + n, static_cast<size_t>(cols) * sizeof(float));
+        std::memcpy(both + kPanel, up.row<float>(m) + n, static_cast<size_t>(cols) * sizeof(float));
+        kernels.finish_gated(both, 2 * kPanel, 1, cols, nullptr, nullptr,
+                             out.row<std::byte>(0) + ((t + m) * out.stride + n) * bytes, out.stride,
+                             bf16);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void linear_quantised(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
+                      const MatrixView& out) {
+  const Kernels& kernels = *ctx.scratch().kernels;
+  const bool bf16 = out.dtype == DType::kBF16;
+  const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(out.dtype));
+  multiply(ctx, x, w, [&](const float* sums, Range panels, Range tokens) {
+    const int64_t n = panels.begin * kPanel;
+    const int64_t cols = std::min(panels.end * kPanel, w.rows) - n;
+    kernels.finish(sums, kSumStride, tokens.size(), cols, bias != nullptr ? bias + n : nullptr,
+                   out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes, out.stride,
+                   bf16);
+  });
+}
+
+void gated_quantised(Context& ctx, const MatrixView& x, const PackedGated& w,
+                     const float* gate_bias, const float* up_bias, const MatrixView& out) {
+  if (!w.halves.empty()) return gated_halves(ctx, x, w, gate_bias, up_bias, out);
+  const Kernels& kernels = *ctx.scratch().kernels;
+  const bool bf16 = out.dtype == DType::kBF16;
+  const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(out.dtype));
+  multiply(ctx, x, w.panels, [&](const float* sums, Range panels, Range tokens) {
+    const int64_t n = panels.begin / 2 * kPanel;
+    const int64_t cols = std::min(panels.end / 2 * kPanel, w.rows) - n;
+    kernels.finish_gated(sums, kSumStride, tokens.size(), cols,
+                         gate_bias != nullptr ? gate_bias + n : nullptr,
+                         up_bias != nullptr ? up_bias + n : nullptr,
+                         out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes,
+                         out.stride, bf16);
+  });
+}
+
+}  // namespace phalanx::ops::cpu
