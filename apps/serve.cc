@@ -141,6 +141,9 @@ void show_start(const NodeConfig& config, const NodePlan& plan, const HostResour
   log_info("model {}: {} ({} layers, {} parameters' bytes), cut over {} rank{}", config.model.name,
            plan.info.model_type, plan.info.num_layers, format_bytes(plan.info.parameter_bytes),
            config.table.world_size, config.table.world_size == 1 ? "" : "s");
+  if (plan.info.formats != nullptr)
+    log_info("number formats ({}): {}; other layers {}", plan.info.formats->source,
+             plan.info.formats->summary(), tensor::dtype_name(plan.info.dtype));
   log_info("who computes which outputs:\n{}", layout_table(config, plan));
   log_info("memory of this node: weights {}, workspace {}, KV cache up to {} per rank, of {} ({})",
            format_bytes(weights), format_bytes(workspace), format_bytes(plan.kv_bytes_per_rank),

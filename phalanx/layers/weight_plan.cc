@@ -184,6 +184,8 @@ ops::PackedGated WeightPlan::gated(RowSlice gate, RowSlice up) {
     ops::PackedGated both{.rows = rows};
     both.halves.push_back(quantised_linear({std::move(gate)}));
     both.halves.push_back(quantised_linear({std::move(up)}));
+    both.own_gate_bias = both.halves[0].own_bias;
+    both.own_up_bias = both.halves[1].own_bias;
     return both;
   }
   const int64_t padded = (rows + tensor::kPanelRows - 1) / tensor::kPanelRows * tensor::kPanelRows;

@@ -272,11 +272,15 @@ def weights_of(bits, strategy, symmetric=True, group=None, actorder=None):
 DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 STATIC = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}
 
+# An activation that fp32 in another order rounds to the other int8 moves everything after it by about
+# a step: the seeds of formats with int8 activations are such that none of 40 tokens does.
+SEEDS = {"ms_w8a8_dynamic_f32": 40}
+
 # name: (maker, dtype of the float tensors, quantization_config or None, mixed, biases)
 FORMATS = {
     "ms_w8a8_f32": (ms_w8a8(False), torch.float32, None, True, False),
     "ms_w8a8_packed_f16": (ms_w8a8(True), torch.float16, None, False, True),
-    "ms_w8a8_dynamic_bf16": (ms_weight("W8A8_DYNAMIC", True), torch.bfloat16, None, False, False),
+    "ms_w8a8_dynamic_f32": (ms_weight("W8A8_DYNAMIC", True), torch.float32, None, False, False),
     "ms_w8a16_f32": (ms_weight("W8A16", False), torch.float32, None, True, True),
     "ct_w8a8_dynamic_f32": (ct_int8(True), torch.float32,
                             ct_config(weights_of(8, "channel"), DYNAMIC, "int-quantized"), False, True),
@@ -313,6 +317,7 @@ FORMATS = {
 def make(out):
     for seed, (name, (maker, dtype, quantization, mixed, biases)) in enumerate(FORMATS.items()):
         directory = os.path.join(out, name)
+        seed = SEEDS.get(name, seed)
         shutil.rmtree(directory, ignore_errors=True)
         os.makedirs(directory)
         config = LlamaConfig(**SHAPE, attention_bias=biases, mlp_bias=biases)
