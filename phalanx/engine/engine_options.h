@@ -17,6 +17,9 @@ struct EngineOptions {
   int64_t max_step_tokens = 0;         // of the ranks' buffers; >= max_batch; longer prompts are chunked
                                        // (StepLimits: max_tokens this, max_rows max_batch)
   int64_t max_queue = 2000;            // waiting requests
+  bool prefix_cache = true;            // sequences share the blocks of equal beginnings
+  double decode_stretch = 1.7;         // how much longer a step may take for prompts beside running
+                                       // sequences (PrefillPace); 0: as long as it takes
   uint64_t generation = 1;
   double step_seconds = 600;           // longest wait for one step
   double idle_plan_seconds = 20;       // an idle plan keeps the links checked

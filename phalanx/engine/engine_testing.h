@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <optional>
@@ -16,6 +17,7 @@
 
 #include "phalanx/engine/engine.h"
 #include "phalanx/engine/history_model.h"
+#include "phalanx/engine/prefill_pace.h"
 #include "phalanx/engine/sampler.h"
 
 namespace phalanx::engine {
@@ -88,7 +90,11 @@ class FakeExecutor final : public StepExecutor {
     if (view_.header().kind == StepKind::kCompute) {
       model.forward(view_.inputs(), logits_.data());
     }
-    if (timing != nullptr) *timing = {.total_ns = 1000, .compute_ns = 900, .communication_ns = 100};
+    if (timing != nullptr) {
+      *timing = {.total_ns = step_ns ? step_ns(seen().back()) : 1000,
+                 .compute_ns = 900,
+                 .communication_ns = 100};
+    }
     return std::span<const float>(logits_).first(view_.header().num_rows *
                                                  static_cast<size_t>(kHistoryVocab));
   }
@@ -139,7 +145,8 @@ class FakeExecutor final : public StepExecutor {
   std::optional<Error> error_;
 
  public:
-  HistoryModel model;  // engine thread
+  std::function<int64_t(const Seen&)> step_ns;  // how long a step says it took
+  HistoryModel model;                           // engine thread
 };
 
 class Recorder final : public EventSink {

@@ -17,7 +17,9 @@ Engine::State::State(const EngineOptions& options, StepExecutor& executor)
                  .max_batch = options.max_batch,
                  .max_prefill_batch = options.max_prefill_batch,
                  .max_prefill_tokens = options.max_prefill_tokens,
-                 .max_step_tokens = options.max_step_tokens}),
+                 .max_step_tokens = options.max_step_tokens,
+                 .share_prefixes = options.prefix_cache,
+                 .decode_stretch = options.decode_stretch}),
       sampler(options.vocab_size) {
   stats.blocks_total = stats.blocks_free = options.blocks;
 }
@@ -123,7 +125,7 @@ void Engine::State::compute_step() {
       executor.wait(Deadline::in_seconds(options.step_seconds), &timing);
   const int64_t answered = now_ns();
   last_plan = Clock::now();
-  scheduler.advance();
+  scheduler.advance(timing.total_ns);
   const auto sampled = scheduler.sampled();
   const auto vocab = static_cast<size_t>(options.vocab_size);
   if (logits.size() != sampled.size() * vocab) {
@@ -175,6 +177,7 @@ void Engine::State::sample(Sequence& s, std::span<const float> row) {
     return;
   }
   s.tokens.push_back(result.token);
+  if (s.first_token_ns == 0) s.first_token_ns = now_ns();
   if (s.counts) s.counts->add_output(result.token);
   if (s.params.guide) s.params.guide->accept(result.token);
   if (s.outputs() == 1) counted.prompt_tokens += static_cast<uint64_t>(s.prompt_count);
@@ -203,6 +206,7 @@ GenerateEvent Engine::State::event_of(const Sequence& s) const {
   GenerateEvent event;
   event.prompt_tokens = s.prompt_count;
   event.output_tokens = s.outputs();
+  event.cached_tokens = s.cached_tokens;
   return event;
 }
 
@@ -268,6 +272,7 @@ void Engine::State::publish_stats() {
   counted.blocks_total = scheduler.pool().total();
   counted.blocks_free = scheduler.pool().free();
   counted.preemptions = scheduler.preemptions();
+  counted.cached_tokens = scheduler.cached_tokens();
   stats = counted;
 }
 

@@ -11,7 +11,6 @@
 #include <set>
 
 #include "phalanx/base/sanitizer.h"
-#include "phalanx/engine/block_pool.h"
 #include "phalanx/engine/philox.h"
 
 namespace phalanx::engine {
@@ -336,22 +335,6 @@ TEST(Sampler, DependsOnSeedAndPositionOnly) {
   std::map<int32_t, int> other_seed;
   for (uint32_t i = 0; i < 40; ++i) ++other_seed[sample(logits, p, 43, i).token];
   EXPECT_NE(histogram(logits, p, 40), other_seed);
-}
-
-TEST(BlockPool, GivesAllOrNothing) {
-  BlockPool pool(5);
-  std::vector<int32_t> a, b;
-  EXPECT_TRUE(pool.allocate(3, a));
-  EXPECT_FALSE(pool.allocate(3, b));
-  EXPECT_TRUE(b.empty());
-  EXPECT_TRUE(pool.allocate(2, b));
-  std::set<int32_t> all(a.begin(), a.end());
-  all.insert(b.begin(), b.end());
-  EXPECT_EQ(all, (std::set<int32_t>{0, 1, 2, 3, 4}));
-  pool.release(a);
-  EXPECT_TRUE(a.empty());
-  EXPECT_EQ(pool.free(), 3);
-  EXPECT_EQ(pool.total(), 5);
 }
 
 // Allows what it is told to.

@@ -6,7 +6,12 @@
 
 namespace phalanx::engine {
 
-Scheduler::Scheduler(const SchedulerOptions& options) : options_(options), pool_(options.blocks) {
+Scheduler::Scheduler(const SchedulerOptions& options)
+    : options_(options),
+      pool_({.blocks = options.blocks,
+             .block_size = options.block_size,
+             .share_prefixes = options.share_prefixes}),
+      pace_(options.decode_stretch) {
   running_.reserve(static_cast<size_t>(options.max_batch));
   sampled_.reserve(static_cast<size_t>(options.max_batch));
 }
@@ -22,6 +27,7 @@ void Scheduler::preempt_youngest() {
   running_.pop_back();
   pool_.release(victim->blocks);
   victim->computed = 0;
+  victim->published = 0;
   ++preemptions_;
   waiting_.push_front(std::move(victim));
 }
@@ -42,17 +48,51 @@ bool Scheduler::make_room() {
   return preemptions_ != before;
 }
 
+// Blocks for all tokens of a waiting sequence, those with the beginning of them first. False: not
+// enough.
+bool Scheduler::take_blocks(Sequence& s) {
+  const std::span<const int32_t> tokens(s.tokens);
+  if (s.reuse_prefix) pool_.reuse(s.salt, tokens.first(tokens.size() - 1), s.blocks);
+  const int64_t known = std::ssize(s.blocks);
+  const int64_t missing = blocks_for(s.length()) - known;
+  // Some blocks stay free for those that already run and will need more, lest it be thrown out at
+  // once.
+  const int64_t growing = std::count_if(running_.begin(), running_.end(), [&](const auto& r) {
+    return blocks_for(int64_t{r->prompt_count} + r->max_outputs - 1) > std::ssize(r->blocks);
+  });
+  const int64_t reserve = std::min(growing, options_.blocks / 64 + 1);
+  if (missing + reserve > pool_.free() || !pool_.allocate(missing, s.blocks)) {
+    pool_.release(s.blocks);
+    return false;
+  }
+  s.computed = static_cast<int32_t>(known * options_.block_size);
+  s.published = static_cast<int32_t>(known);
+  s.place = known > 0 ? pool_.place(s.blocks[static_cast<size_t>(known - 1)])
+                      : PrefixIndex::root(s.salt);
+  if (!s.begun) {
+    s.begun = true;
+    s.cached_tokens = std::min(s.computed, s.prompt_count);
+    cached_tokens_ += static_cast<uint64_t>(s.cached_tokens);
+  }
+  return true;
+}
+
+// What is left to a prompt of the step's share for prompts.
+int64_t Scheduler::share_of(const Sequence& prompt) const {
+  if (decodes_ == 0 || prompt.submitted_ns <= first_begun_ns_) return INT64_MAX;
+  return std::max<int64_t>(0, pace_.budget(decodes_) - prompt_tokens_);
+}
+
 // Waiting sequences that begin in this step.
 void Scheduler::admit(int64_t prefills, int64_t budget) {
   while (!waiting_.empty() && running() < options_.max_batch &&
-         prefills < options_.max_prefill_batch && budget > 0) {
+         prefills < options_.max_prefill_batch) {
     Sequence& next = *waiting_.front();
-    const int64_t blocks = blocks_for(next.length());
-    // Some blocks stay free for those that already run, lest it be thrown out at once.
-    const int64_t reserve = std::min(running(), options_.blocks / 64 + 1);
-    if (blocks + reserve > pool_.free() || !pool_.allocate(blocks, next.blocks)) return;
-    next.planned = static_cast<int32_t>(std::min<int64_t>(budget, next.length()));
+    const int64_t share = std::min(budget, share_of(next));
+    if (share <= 0 || !take_blocks(next)) return;
+    next.planned = static_cast<int32_t>(std::min<int64_t>(share, next.length() - next.computed));
     budget -= next.planned;
+    prompt_tokens_ += next.planned;
     ++prefills;
     running_.push_back(std::move(waiting_.front()));
     waiting_.pop_front();
@@ -61,20 +101,25 @@ void Scheduler::admit(int64_t prefills, int64_t budget) {
 
 bool Scheduler::plan(StepPlanWriter& writer) {
   const bool crowded = make_room();
-  int64_t decodes = 0;
-  for (const auto& s : running_) decodes += s->computed == s->length() - 1 ? 1 : 0;
+  decodes_ = prompt_tokens_ = 0;
+  first_begun_ns_ = INT64_MAX;
+  for (const auto& s : running_) {
+    if (s->computed != s->length() - 1) continue;
+    s->planned = 1;
+    ++decodes_;
+    if (s->first_token_ns > 0) first_begun_ns_ = std::min(first_begun_ns_, s->first_token_ns);
+  }
   int64_t budget =
-      std::min(options_.max_prefill_tokens, options_.max_step_tokens - decodes);
+      std::min(options_.max_prefill_tokens, options_.max_step_tokens - decodes_);
   int64_t prefills = 0;
   for (const auto& s : running_) {
-    const int64_t left = s->length() - s->computed;
-    if (left == 1) {
-      s->planned = 1;
-    } else if (budget > 0 && prefills < options_.max_prefill_batch) {
-      s->planned = static_cast<int32_t>(std::min(budget, left));
-      budget -= s->planned;
-      ++prefills;
-    }
+    if (s->planned > 0) continue;
+    const int64_t share = std::min(budget, share_of(*s));
+    if (share <= 0 || prefills >= options_.max_prefill_batch) continue;
+    s->planned = static_cast<int32_t>(std::min<int64_t>(share, s->length() - s->computed));
+    budget -= s->planned;
+    prompt_tokens_ += s->planned;
+    ++prefills;
   }
   if (!crowded) admit(prefills, budget);
 
@@ -95,10 +140,22 @@ bool Scheduler::plan(StepPlanWriter& writer) {
   return any;
 }
 
-void Scheduler::advance() {
+// The blocks that its computed tokens fill.
+void Scheduler::publish(Sequence& s) {
+  const std::span<const int32_t> tokens(s.tokens);
+  const auto size = static_cast<size_t>(options_.block_size);
+  for (; (s.published + 1) * options_.block_size <= s.computed; ++s.published) {
+    const auto block = static_cast<size_t>(s.published);
+    s.place = pool_.publish(s.place, tokens.subspan(block * size, size), s.blocks[block]);
+  }
+}
+
+void Scheduler::advance(int64_t ns) {
+  if (ns > 0) pace_.observe(decodes_, prompt_tokens_, ns);
   for (const auto& s : running_) {
     s->computed += s->planned;
     s->planned = 0;
+    if (pool_.shares_prefixes()) publish(*s);
   }
 }
 

@@ -30,7 +30,17 @@ struct Sequence {
   int32_t max_outputs = 0;
   std::optional<TokenCounts> counts;  // with a penalty
 
+  int64_t submitted_ns = 0;
+  int64_t first_token_ns = 0;       // 0: none yet
+
   std::vector<int32_t> blocks;      // capacity for the longest this can get
+  uint64_t salt = 0;                // differs where equal tokens have other keys and values
+  bool reuse_prefix = true;         // false: every position has to be computed
+  int32_t cached_tokens = 0;        // of the prompt, found computed when it began first
+  uint64_t place = 0;               // of the last published block in the pool
+  int32_t published = 0;            // blocks
+  bool begun = false;               // has been admitted before
+
   int32_t computed = 0;
   int32_t planned = 0;              // tokens in the step being computed
   bool finished = false;            // its final event is made; leaves at the next collect

@@ -88,11 +88,17 @@ std::span<const std::byte> StepPlanWriter::finish() {
   return buffer_;
 }
 
+int64_t StepLimits::max_sequences() const { return std::min(max_tokens, blocks); }
+
+int64_t StepLimits::max_block_ids() const {
+  const int64_t longest = std::min((max_sequence + block_size - 1) / block_size, blocks);
+  return max_sequences() * longest;
+}
+
 int64_t StepLimits::max_plan_bytes() const {
-  // A sequence has at least one token and one block of its own.
-  const int64_t sequences = std::min(max_tokens, blocks);
   return static_cast<int64_t>(sizeof(StepPlanHeader)) + 3 * 4 * max_tokens +
-         static_cast<int64_t>(sizeof(PlannedSequence)) * sequences + 4 * max_rows + 4 * blocks;
+         static_cast<int64_t>(sizeof(PlannedSequence)) * max_sequences() + 4 * max_rows +
+         4 * max_block_ids();
 }
 
 namespace {
@@ -148,11 +154,12 @@ void StepPlanView::decode_body(std::span<const std::byte> buffer, const StepLimi
   expect_equal("reserved", header.reserved, 0);
   const bool compute = header.kind == StepKind::kCompute;
   expect_range("num_tokens", header.num_tokens, compute ? 1 : 0, compute ? limits.max_tokens : 0);
-  expect_range("num_sequences", header.num_sequences, compute ? 1 : 0, header.num_tokens);
+  expect_range("num_sequences", header.num_sequences, compute ? 1 : 0,
+               std::min<int64_t>(header.num_tokens, limits.max_sequences()));
   expect_range("num_rows", header.num_rows, 0,
                std::min<int64_t>(limits.max_rows, header.num_tokens));
   expect_range("num_blocks", header.num_blocks, header.num_sequences,
-               compute ? limits.blocks : 0);
+               compute ? limits.max_block_ids() : 0);
   const int64_t bytes = static_cast<int64_t>(sizeof(header)) + 3 * 4 * int64_t{header.num_tokens} +
                         static_cast<int64_t>(sizeof(PlannedSequence)) * header.num_sequences +
                         4 * int64_t{header.num_rows} + 4 * int64_t{header.num_blocks};

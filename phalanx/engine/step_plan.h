@@ -78,7 +78,10 @@ struct StepLimits {
   int64_t blocks = 0;
   int64_t block_size = 0;
   int64_t vocab_size = 0;
-  // No block is in two tables, so all tables together hold at most `blocks` ids.
+  // Each has a block of its own, where its newest token goes.
+  [[nodiscard]] int64_t max_sequences() const;
+  // Ids in all block tables together; sequences may share blocks.
+  [[nodiscard]] int64_t max_block_ids() const;
   [[nodiscard]] int64_t max_plan_bytes() const;
 };
 

@@ -8,6 +8,8 @@
 #include <random>
 #include <utility>
 
+#include "phalanx/base/clock.h"
+
 namespace phalanx::engine {
 
 namespace {
@@ -94,6 +96,8 @@ Submission make_sequence(GenerateRequest request, std::shared_ptr<EventSink> sin
   sequence->tokens.reserve(static_cast<size_t>(prompt + outputs));
   sequence->blocks.reserve(
       static_cast<size_t>((prompt + outputs + o.block_size - 1) / o.block_size));
+  sequence->submitted_ns = now_ns();
+  sequence->reuse_prefix = params.prompt_logprobs < 0;
   if (params.seed) {
     sequence->seed = *params.seed;
   } else {
