@@ -13,7 +13,8 @@ namespace phalanx::layers {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kPieceBytes = 4 << 20;
+constexpr int64_t kPieceBytes = 512 << 10;  // read and packed while it lies in the core's own cache
+constexpr size_t kPiecesAhead = 64;         // that the disk may be asked for before their turn
 
 constexpr std::string_view kWeight = ".weight";
 constexpr std::string_view kBias = ".bias";
@@ -457,6 +458,23 @@ void WeightPlan::load_piece(const Piece& piece, weights::WeightSource& source,
     ops::pack_gated_rows(rows, piece.row_begin, job.rows, which, target, isa_);
 }
 
+// Lets the disk begin with the weights of a piece.
+void WeightPlan::announce(const Piece& piece, weights::WeightSource& source) {
+  const Job& job = *piece.job;
+  if (job.kind == Kind::kVector || job.kind == Kind::kInput || job.kind == Kind::kOrder) return;
+  for_parts(job.parts, piece.row_begin, piece.rows, [&](size_t i, Range take, int64_t) {
+    const RowSlice& part = job.parts[i];
+    if (job.formats[i] == nullptr)
+      return source.will_read_rows(source.ask(part.name), take.begin, take.size());
+    for (const quant::PartSpec& spec : quant::parts(*job.formats[i], part.rows, part.cols)) {
+      if (spec.axis != quant::PartSpec::Axis::kRows) continue;
+      const Range units = spec.units(take);
+      source.will_read_rows(source.ask(std::string(layer_of(part.name)) + spec.suffix),
+                            units.begin, units.size());
+    }
+  });
+}
+
 void WeightPlan::load(weights::WeightSource& source, ThreadPool& pool,
                       const std::function<void(int64_t, int64_t)>& progress) const {
   PHALANX_CHECK(base_ != nullptr);
@@ -479,6 +497,7 @@ void WeightPlan::load(weights::WeightSource& source, ThreadPool& pool,
       pieces.push_back({.job = &job, .row_begin = row, .rows = std::min(step, job.rows - row)});
   }
   std::atomic<size_t> next{0};
+  std::atomic<size_t> announced{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
   Problems problems;  // of contents; guarded by mutex
@@ -488,6 +507,11 @@ void WeightPlan::load(weights::WeightSource& source, ThreadPool& pool,
       const size_t i = next.fetch_add(1, std::memory_order_relaxed);
       if (i >= pieces.size()) break;
       try {
+        const size_t ahead = std::min(pieces.size(), i + kPiecesAhead);
+        while (announced.load(std::memory_order_relaxed) < ahead) {
+          const size_t a = announced.fetch_add(1, std::memory_order_relaxed);
+          if (a < pieces.size()) announce(pieces[a], source);
+        }
         Problems found;
         load_piece(pieces[i], source, buffer, found);
         if (!found.empty()) {

@@ -73,6 +73,7 @@ class WeightPlan {
     int64_t offset = 0;  // in the arena
   };
   struct Piece;
+  static void announce(const Piece& piece, weights::WeightSource& source);
   std::byte* place(int64_t bytes);
   Job& add_job(Kind kind, std::vector<RowSlice> parts, int64_t offset);
   [[nodiscard]] const quant::LinearFormat* format_of(const RowSlice& part) const;

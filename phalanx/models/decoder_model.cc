@@ -176,7 +176,7 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
   layers::WeightPlan measured(config.info.dtype, options.isa, nullptr, config.info.formats.get());
   (void)DecoderLayers(measured, config, layout, 0, options.rank);
   arena_ = std::make_unique<weights::Arena>(measured.arena_bytes());
-  (void)arena_->take_huge_pages();
+  (void)arena_->take_huge_pages(pool);
   layers::WeightPlan plan(config.info.dtype, options.isa, arena_->data(),
                           config.info.formats.get());
   layers_ = std::make_unique<DecoderLayers>(plan, config, layout, options.max_step_tokens,

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 
@@ -55,12 +56,22 @@ Arena::Arena(int64_t bytes) : bytes_(bytes) {
 
 Arena::~Arena() { ::munmap(data_, static_cast<size_t>(mapped_)); }
 
-bool Arena::take_huge_pages() {
-  (void)::madvise(data_, static_cast<size_t>(mapped_), MADV_HUGEPAGE);
-  // A range without any page cannot be collapsed.
-  for (int64_t at = 0; at < mapped_; at += kHugePage) data_[at] = std::byte{0};
-  // In one call: each waits for every processor of the machine once.
-  return ::madvise(data_, static_cast<size_t>(mapped_), MADV_COLLAPSE) == 0;
+bool Arena::take_huge_pages(ThreadPool& pool) {
+  const int64_t pages = mapped_ / kHugePage;
+  std::atomic<bool> all{true};
+  pool.run([&](int thread) {
+    const int64_t begin = pages * thread / pool.size() * kHugePage;
+    const int64_t end = pages * (thread + 1) / pool.size() * kHugePage;
+    if (begin == end) return;
+    std::byte* const at = data_ + begin;
+    const auto bytes = static_cast<size_t>(end - begin);
+    (void)::madvise(at, bytes, MADV_HUGEPAGE);
+    // A range without any page cannot be collapsed.
+    for (int64_t page = begin; page < end; page += kHugePage) data_[page] = std::byte{0};
+    // In one call: each waits for every processor of the machine once.
+    if (::madvise(at, bytes, MADV_COLLAPSE) != 0) all.store(false, std::memory_order_relaxed);
+  });
+  return all.load(std::memory_order_relaxed);
 }
 
 void Arena::seal() {

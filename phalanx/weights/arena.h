@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "phalanx/base/thread_pool.h"
 #include "phalanx/base/unique_fd.h"
 
 namespace phalanx::weights {
@@ -22,8 +23,9 @@ class Arena {
   [[nodiscard]] int fd() const { return fd_.get(); }  // lent; close-on-exec
 
   // Takes all of the memory now, in huge pages: before packing, so that nothing is copied and few
-  // pages fault. Best effort; false where some lies in small pages.
-  bool take_huge_pages();
+  // pages fault; on all threads, because the system clears it first. Best effort; false where some
+  // lies in small pages.
+  bool take_huge_pages(ThreadPool& pool);
   // From now on read-only, in every mapping yet to be made too. Throws Error(kInternal).
   void seal();
 

@@ -1,7 +1,9 @@
 #include "phalanx/weights/weight_source.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -39,10 +41,16 @@ void WeightSource::read_columns(const TensorEntry& entry, int64_t begin, int64_t
 
 void WeightSource::read(const TensorEntry& entry, int64_t offset, int64_t left, std::byte* out) {
   while (left > 0) {
-    const ssize_t n =
-        ::pread(checkpoint_.fd_of(entry), out, static_cast<size_t>(std::min<int64_t>(left, 1 << 30)),
-                offset);
+    const iovec part{.iov_base = out,
+                     .iov_len = static_cast<size_t>(std::min<int64_t>(left, 1 << 30))};
+    // Asks for what is there without waiting, to learn whether the disk is needed at all.
+    const int flags = from_disk_.load(std::memory_order_relaxed) ? 0 : RWF_NOWAIT;
+    const ssize_t n = ::preadv2(checkpoint_.fd_of(entry), &part, 1, offset, flags);
     if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && flags != 0) {  // not cached, or a file system that does not tell
+      from_disk_.store(true, std::memory_order_relaxed);
+      continue;
+    }
     if (n < 0)
       throw Error(Code::kUnavailable,
                   fmt::format("{}: tensor {}: cannot read {} bytes at {}: {}",
@@ -58,6 +66,12 @@ void WeightSource::read(const TensorEntry& entry, int64_t offset, int64_t left, 
     left -= n;
     bytes_read_.fetch_add(n, std::memory_order_relaxed);
   }
+}
+
+void WeightSource::will_read_rows(const TensorEntry& entry, int64_t row_begin, int64_t rows) {
+  if (!from_disk_.load(std::memory_order_relaxed)) return;
+  (void)::posix_fadvise(checkpoint_.fd_of(entry), entry.offset + row_begin * entry.row_bytes(),
+                        rows * entry.row_bytes(), POSIX_FADV_WILLNEED);
 }
 
 int64_t WeightSource::tensors_asked() const {

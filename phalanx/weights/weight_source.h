@@ -28,6 +28,9 @@ class WeightSource {
   // Of every index of the first dimension, bytes [begin, begin + bytes), one after the other.
   void read_columns(const TensorEntry& entry, int64_t begin, int64_t bytes, std::byte* out);
 
+  // Those rows will be read soon: lets the disk begin, if anything so far had to come from it.
+  void will_read_rows(const TensorEntry& entry, int64_t row_begin, int64_t rows);
+
   [[nodiscard]] const Checkpoint& checkpoint() const { return checkpoint_; }
   [[nodiscard]] int64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
   [[nodiscard]] int64_t tensors_asked() const;
@@ -41,6 +44,7 @@ class WeightSource {
 
   const Checkpoint& checkpoint_;
   std::atomic<int64_t> bytes_read_{0};
+  std::atomic<bool> from_disk_{false};  // some read was not in the system's cache
   mutable std::mutex mutex_;  // guards asked_
   std::set<std::string, std::less<>> asked_;
 };

@@ -185,7 +185,8 @@ TEST_F(Weights, IndexedFiles) {
 
 TEST(Arena, KeepsItsBytesForWhoeverHoldsTheDescriptor) {
   Arena arena(100'000);
-  (void)arena.take_huge_pages();  // not every kernel has them
+  ThreadPool pool({.threads = 2});
+  (void)arena.take_huge_pages(pool);  // not every kernel has them
   EXPECT_EQ(reinterpret_cast<uintptr_t>(arena.data()) % (2 << 20), 0U);
   std::memset(arena.data(), 7, 100'000);
   arena.seal();
