@@ -4,37 +4,55 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <atomic>
+#include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "apps/bench_layout.h"
+#include "apps/bench_roofline.h"
 #include "apps/instance.h"
 #include "apps/prompt_head.h"
 #include "phalanx/base/log.h"
+#include "phalanx/comm/bootstrap.h"
 
 namespace phalanx::apps {
 namespace {
 
+using nlohmann::json;
+
 struct BenchArguments {
   std::string model;
+  std::vector<std::string> layouts;
   int tp = 1;
   int threads = 0;
-  int nodes = 1;
   std::vector<int64_t> batches = {1, 32};
   int64_t prompt = 128;
   int64_t output = 32;
+  int rounds = 1;
+  std::string json_path;
 };
 
-struct Speed {
-  double prefill_tokens_per_s = 0;
-  double decode_tokens_per_s = 0;
-  double total_tokens_per_s = 0;
-  std::string status;
-};
+constexpr int64_t kFullSteps = 8;  // that the whole batch decodes together, at least
 
-// Output tokens per second between the moment every request has its first token and the moment the
-// first of them ends, so that the batch is full throughout.
-Speed measure(const std::vector<PromptResult>& results, int64_t prompt) {
+// A prompt of its own for every request of every wave, so that none shares a prefix.
+std::vector<engine::GenerateRequest> make_requests(std::mt19937& random, int64_t vocab,
+                                                   int64_t batch, int64_t prompt, int64_t output) {
+  std::uniform_int_distribution<int32_t> token(0, static_cast<int32_t>(vocab - 1));
+  std::vector<engine::GenerateRequest> requests;
+  for (int64_t i = 0; i < batch; ++i) {
+    engine::GenerateRequest request{.id = fmt::format("bench-{}", random()), .prompt = {}};
+    for (int64_t t = 0; t < prompt; ++t) request.prompt.push_back(token(random));
+    request.sampling.temperature = 0;
+    request.sampling.max_tokens = static_cast<int32_t>(output);
+    requests.push_back(std::move(request));
+  }
+  return requests;
+}
+
+// Seconds from the first submission to the first token of all, tokens per second while the whole
+// batch decodes (between the last first token and the first end), and of the whole.
+json speeds(const std::vector<PromptResult>& results) {
   int64_t begin = INT64_MAX;
   int64_t all_started = 0;
   int64_t first_end = INT64_MAX;
@@ -52,95 +70,269 @@ Speed measure(const std::vector<PromptResult>& results, int64_t prompt) {
   for (const PromptResult& r : results)
     between += std::count_if(r.token_ns.begin(), r.token_ns.end(),
                              [&](int64_t t) { return t > all_started && t <= first_end; });
-  const auto per_second = [](int64_t count, int64_t ns) {
-    return ns <= 0 ? 0.0 : static_cast<double>(count) * 1e9 / static_cast<double>(ns);
-  };
-  return {.prefill_tokens_per_s =
-              per_second(static_cast<int64_t>(results.size()) * prompt, all_started - begin),
-          .decode_tokens_per_s = per_second(between, first_end - all_started),
-          .total_tokens_per_s = per_second(tokens, end - begin)};
+  const auto seconds = [](int64_t from, int64_t to) { return static_cast<double>(to - from) * 1e-9; };
+  if (between == 0)
+    throw Error(Code::kInternal, "bench: the batch never decoded as a whole; raise --output");
+  return {{"prefill_s", seconds(begin, all_started)},
+          {"decode_tok_s", static_cast<double>(between) / seconds(all_started, first_end)},
+          {"whole_tok_s", static_cast<double>(tokens) / seconds(begin, end)},
+          {"whole_s", seconds(begin, end)}};
 }
 
-Speed run_once(const BenchArguments& a, int64_t batch) {
+NodeConfig node_config(const BenchArguments& a, const BenchLayout& layout, int node,
+                       uint16_t control_port, int64_t output) {
+  const int64_t batch = *std::max_element(a.batches.begin(), a.batches.end());
   NodeConfig config;
   config.model.name = "bench";
   config.model.weight_path = a.model;
-  config.model.max_sequence = a.prompt + a.output + 1;
+  config.model.max_sequence = a.prompt + output + 1;
   config.model.max_input_tokens = a.prompt;
   config.schedule.max_batch = batch;
   config.schedule.max_prefill_batch = batch;
   config.schedule.max_prefill_tokens = 8192;
-  config.schedule.max_output_tokens = a.output;
-  config.threads_per_rank = a.threads;
-  config.npu_memory_fraction = 0.9;
-  config.table.world_size = a.tp;
-  config.table.servers.push_back({.server_id = "127.0.0.1", .container_ip = "127.0.0.1"});
-  for (int rank = 0; rank < a.tp; ++rank)
-    config.table.servers[0].devices.push_back({.device_id = rank, .rank_id = rank});
-  const NodePlan plan = plan_node(config, host_resources());
-
-  std::mt19937 random(7);
-  std::uniform_int_distribution<int32_t> token(0, static_cast<int32_t>(plan.info.vocab_size - 1));
-  std::vector<engine::GenerateRequest> requests;
-  for (int64_t i = 0; i < batch; ++i) {
-    engine::GenerateRequest request{.id = fmt::format("bench-{}", i)};
-    for (int64_t t = 0; t < a.prompt; ++t) request.prompt.push_back(token(random));
-    request.sampling.temperature = 0;
-    request.sampling.max_tokens = static_cast<int32_t>(a.output);
-    requests.push_back(std::move(request));
+  config.schedule.max_output_tokens = output;
+  config.threads_per_rank = layout.nodes[static_cast<size_t>(node)].threads;
+  config.npu_memory_fraction = 0.8 / (layout.veth ? static_cast<double>(layout.nodes.size()) : 1);
+  config.backend.multi_nodes = layout.nodes.size() > 1;
+  config.backend.multi_nodes_port = control_port;
+  config.connect_timeout_s = 120;
+  config.own_server = node;
+  config.table.world_size = layout.ranks();
+  int rank = 0;
+  for (int i = 0; i < static_cast<int>(layout.nodes.size()); ++i) {
+    const std::string address = layout.address(i);
+    config.table.servers.push_back({.server_id = address, .container_ip = address, .devices = {}});
+    for (int d = 0; d < layout.nodes[static_cast<size_t>(i)].ranks; ++d)
+      config.table.servers.back().devices.push_back(
+          {.device_id = d, .device_ip = {}, .rank_id = rank++});
   }
-  Instance instance(config, plan);
-  Speed speed;
-  std::string failure;
-  instance.set_head(std::make_unique<PromptHead>(
-      instance, std::move(requests), batch, [&](const std::vector<PromptResult>& results) {
+  return config;
+}
+
+// Every node of a layout on cores of its own, if there are enough.
+void place(const BenchLayout& layout, int node, const HostResources& host, NodePlan& plan) {
+  plan.cpus.clear();
+  if (layout.threads() > static_cast<int>(host.cpus.size())) return;
+  const auto first = host.cpus.begin() + layout.threads_before(node);
+  plan.cpus.assign(first, first + layout.threads_before(node + 1) - layout.threads_before(node));
+}
+
+// One number of rank 0 or of the engine.
+double counter(const json& status, const char* group, const char* name) {
+  if (std::string_view(group) == "engine") return status["engine"][name].get<double>();
+  for (const json& rank : status["ranks"])
+    if (rank["rank"] == 0) return rank[name].get<double>();
+  return 0;
+}
+
+// Runs the waves on the serving instance, with the machine's own limits measured in between.
+json run_waves(const BenchArguments& a, const BenchLayout& layout, Instance& instance,
+               engine::Engine& engine, const NodePlan& plan, const HostResources& host,
+               const std::map<int64_t, int64_t>& outputs, uint32_t seed) {
+  std::mt19937 random(seed);
+  const auto all = std::min(layout.threads(), static_cast<int>(host.cpus.size()));
+  Machine machine(all, {host.cpus.begin(), host.cpus.begin() + all}, plan.info);
+  (void)run_prompts(engine, make_requests(random, plan.info.vocab_size, 1, a.prompt, 4), 1);
+  json waves = json::array();
+  machine.measure();
+  for (const int64_t batch : a.batches) {
+    const auto requests =
+        make_requests(random, plan.info.vocab_size, batch, a.prompt, outputs.at(batch));
+    const json before = json::parse(instance.status_json());
+    json wave = speeds(run_prompts(engine, requests, batch));
+    const json after = json::parse(instance.status_json());
+    machine.measure();
+    const auto spent = [&](const char* group, const char* name) {
+      return (counter(after, group, name) - counter(before, group, name)) * 1e-9;
+    };
+    const double context =
+        static_cast<double>(a.prompt) + static_cast<double>(outputs.at(batch)) / 2;
+    const Floor decode = machine.floor(decode_work(plan.info, batch, context));
+    const Floor prefill = machine.floor(prefill_work(plan.info, batch, a.prompt));
+    const double step = spent("engine", "step_ns");
+    wave.update({{"batch", batch},
+                 {"output", outputs.at(batch)},
+                 {"prefill_floor_s", prefill.seconds},
+                 {"prefill_bound", prefill.bound},
+                 {"decode_floor_tok_s", static_cast<double>(batch) / decode.seconds},
+                 {"decode_bound", decode.bound},
+                 {"step_s", step},
+                 {"compute_s", spent("engine", "compute_ns")},
+                 {"wire_s", spent("rank", "transfer_ns")},
+                 {"wait_s", spent("rank", "wait_ns")},
+                 {"overhead_s", spent("engine", "overhead_ns")},
+                 {"steps", spent("engine", "steps") * 1e9},
+                 {"bytes_per_s", machine.bytes_per_second()},
+                 {"flops_per_s", machine.flops_per_second()}});
+    waves.push_back(std::move(wave));
+  }
+  return waves;
+}
+
+// Measures on its own thread once the instance serves, then stops it.
+class BenchHead final : public Head {
+ public:
+  BenchHead(Instance& instance, std::function<void(engine::Engine&)> body)
+      : instance_(instance), body_(std::move(body)) {}
+  ~BenchHead() override {
+    if (thread_.joinable()) thread_.join();
+  }
+  void open(engine::Engine& engine) override {
+    thread_ = std::thread([this, &engine] {
+      body_(engine);
+      instance_.stop("everything is measured");
+    });
+  }
+  void drain(Deadline) override {
+    if (thread_.joinable()) thread_.join();
+  }
+  void fail(const Error&) override {}  // the engine tells every request
+
+ private:
+  Instance& instance_;
+  std::function<void(engine::Engine&)> body_;
+  std::thread thread_;
+};
+
+uint16_t free_port(const std::string& address) {
+  uint16_t port = 0;
+  (void)comm::listen_on(address, 0, 0, &port);
+  return port;
+}
+
+// One start of a layout: its waves' results.
+json run_layout(const BenchArguments& a, const BenchLayout& layout, uint32_t seed) {
+  // The control port must be known to every node before it starts.
+  const uint16_t control_port = layout.veth ? 1120 : free_port(layout.address(0));
+  std::map<int64_t, int64_t> outputs;
+  constexpr int64_t kStepTokens = 2048;
+  for (const int64_t batch : a.batches) {
+    const int64_t prefill_steps = (batch * a.prompt + kStepTokens - 1) / kStepTokens;
+    outputs[batch] = std::max(a.output, prefill_steps + kFullSteps);
+  }
+  const int64_t longest =
+      std::max_element(outputs.begin(), outputs.end(), [](const auto& x, const auto& y) {
+        return x.second < y.second;
+      })->second;
+  const std::string text = run_nodes(layout, [&](int node, int fd) {
+    const HostResources host = host_resources();
+    const NodeConfig config = node_config(a, layout, node, control_port, longest);
+    NodePlan plan = plan_node(config, host);
+    place(layout, node, host, plan);
+    Instance instance(config, plan);
+    std::string failure;
+    if (node == 0) {
+      instance.set_head(std::make_unique<BenchHead>(instance, [&](engine::Engine& engine) {
         try {
-          speed = measure(results, a.prompt);
-          speed.status = instance.status_json();
+          const std::string waves =
+              run_waves(a, layout, instance, engine, plan, host, outputs, seed).dump();
+          if (::write(fd, waves.data(), waves.size()) != static_cast<ssize_t>(waves.size()))
+            failure = "the results could not be handed over";
         } catch (const std::exception& e) {
           failure = e.what();
         }
       }));
-  const int status = instance.run();
-  if (!failure.empty()) throw Error(Code::kInternal, failure);
-  if (status != 0) throw Error(Code::kInternal, "the instance under measurement failed");
-  return speed;
+    }
+    const int status = instance.run();
+    if (!failure.empty()) throw Error(Code::kInternal, failure);
+    return status;
+  });
+  return json::parse(text);
+}
+
+double median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v[v.size() / 2];
+}
+
+// The medians over rounds of every number of a wave.
+json summary(const std::vector<json>& rounds, size_t wave) {
+  json result = rounds.front()[wave];
+  for (const auto& [name, value] : rounds.front()[wave].items()) {
+    if (!value.is_number_float()) continue;
+    std::vector<double> all;
+    for (const json& round : rounds) all.push_back(round[wave][name].get<double>());
+    result[name] = median(all);
+  }
+  return result;
+}
+
+void print_layout(const BenchArguments& a, const BenchLayout& layout, const std::vector<json>& rounds) {
+  double alone = 0;
+  for (size_t w = 0; w < a.batches.size(); ++w) {
+    const json r = summary(rounds, w);
+    const auto number = [&](const char* name) { return r[name].get<double>(); };
+    const int64_t batch = r["batch"].get<int64_t>();
+    if (batch == 1) alone = number("whole_tok_s");
+    if (w == 0)
+      fmt::print("\n{}: {:.1f} GB/s and {:.0f} GFLOP/s with {} thread{}\n", layout.name,
+                 number("bytes_per_s") * 1e-9, number("flops_per_s") * 1e-9, layout.threads(),
+                 layout.threads() == 1 ? "" : "s");
+    if (r["output"] != a.output)
+      fmt::print("  batch {}: {} output tokens, so that all decode together\n", batch,
+                 r["output"].get<int64_t>());
+    const double prompts = static_cast<double>(batch * a.prompt);
+    const double outside = number("whole_s") - number("step_s");
+    fmt::print(
+        "  batch {:>3}  prefill {:>8.1f} tok/s, {:>4.2f} of {:.1f} ({})   decode {:>7.1f} tok/s, "
+        "{:>4.2f} of {:.1f} ({})\n"
+        "             whole {:>8.1f} tok/s{}   time: compute {:.1f} %, wire {:.1f} %, wait {:.1f} %, "
+        "head {:.1f} % ({:.0f} us a step, of which planning and sampling {:.0f})\n",
+        batch, prompts / number("prefill_s"), number("prefill_floor_s") / number("prefill_s"),
+        prompts / number("prefill_floor_s"), r["prefill_bound"].get<std::string>(),
+        number("decode_tok_s"), number("decode_tok_s") / number("decode_floor_tok_s"),
+        number("decode_floor_tok_s"), r["decode_bound"].get<std::string>(), number("whole_tok_s"),
+        alone > 0 && batch > 1 ? fmt::format(", {:.1f} times one at a time",
+                                             number("whole_tok_s") / alone)
+                               : "",
+        100 * number("compute_s") / number("whole_s"), 100 * number("wire_s") / number("whole_s"),
+        100 * number("wait_s") / number("whole_s"), 100 * outside / number("whole_s"),
+        outside * 1e6 / number("steps"), number("overhead_s") * 1e6 / number("steps"));
+  }
+  std::fflush(stdout);
 }
 
 }  // namespace
 
 int bench_engine(int argc, char** argv) {
   BenchArguments a;
-  CLI::App app{"Prefill and decode speed through the whole engine, on local ranks."};
+  CLI::App app{"Prefill and decode speed through the whole engine, on local ranks, beside the roofline.",
+               "phalanx bench engine"};
   app.add_option("--model", a.model, "checkpoint directory (phalanx make-random-model makes one)")->required();
-  app.add_option("--tp", a.tp, "ranks")->check(CLI::Range(1, 64));
-  app.add_option("--threads", a.threads, "per rank; 0: cores divided by ranks")->check(CLI::Range(0, 1024));
-  app.add_option("--batch", a.batches, "numbers of requests at once");
-  app.add_option("--prompt", a.prompt, "prompt tokens")->check(CLI::PositiveNumber);
-  app.add_option("--output", a.output, "output tokens")->check(CLI::Range(2, 100000));
+  app.add_option("--layout", a.layouts,
+                 "nodes as RANKSxTHREADS joined by '+': 1x2, 2x1, 1x1+1x1 (TCP over loopback), "
+                 "veth:1x1+1x1 (TCP over a veth pair); several are measured in turn")->delimiter(',');
+  app.add_option("--tp", a.tp, "without --layout: ranks of one node")->check(CLI::Range(1, 64));
+  app.add_option("--threads", a.threads, "without --layout: per rank; 0: cores divided by ranks")->check(CLI::Range(0, 1024));
+  app.add_option("--batch", a.batches, "numbers of requests at once")->delimiter(',')->check(CLI::Range(1, 4096));
+  app.add_option("--prompt", a.prompt, "prompt tokens")->check(CLI::Range(1, 1 << 20));
+  app.add_option("--output", a.output, "output tokens, more where the batch would not decode together")->check(CLI::Range(2, 100000));
+  app.add_option("--rounds", a.rounds, "starts of each layout, in turn; medians are printed")->check(CLI::Range(1, 100));
+  app.add_option("--json", a.json_path, "write every number of every round to this file");
   CLI11_PARSE(app, argc, argv);
   set_up_log({.level = LogLevel::kWarn});
-  fmt::print("{} rank{}, {} prompt and {} output tokens\n", a.tp, a.tp == 1 ? "" : "s", a.prompt, a.output);
-  fmt::print("{:>6} {:>14} {:>14} {:>14} {:>10} {:>10} {:>10} {:>10}\n", "batch", "prefill tok/s",
-             "decode tok/s", "whole tok/s", "compute %", "wire %", "wait %", "head %");
-  for (const int64_t batch : a.batches) {
-    const Speed speed = run_once(a, batch);
-    const nlohmann::json status = nlohmann::json::parse(speed.status);
-    double compute = 0;
-    double transfer = 0;
-    double wait = 0;
-    for (const nlohmann::json& rank : status["ranks"]) {
-      compute += rank["compute_ns"].get<double>();
-      transfer += rank["transfer_ns"].get<double>();
-      wait += rank["wait_ns"].get<double>();
-    }
-    const double step = std::max(1.0, status["engine"]["step_ns"].get<double>());
-    const double overhead = status["engine"]["overhead_ns"].get<double>();
-    const double ranks = std::max(1.0, compute + transfer + wait);
-    fmt::print("{:>6} {:>14.1f} {:>14.1f} {:>14.1f} {:>10.1f} {:>10.1f} {:>10.1f} {:>10.1f}\n", batch,
-               speed.prefill_tokens_per_s, speed.decode_tokens_per_s, speed.total_tokens_per_s,
-               100 * compute / ranks, 100 * transfer / ranks, 100 * wait / ranks,
-               100 * overhead / (step + overhead));
+  if (a.layouts.empty()) {
+    const int threads = a.threads > 0 ? a.threads : std::max(1, host_resources().usable_cores() / a.tp);
+    a.layouts.push_back(fmt::format("{}x{}", a.tp, threads));
+  }
+  std::vector<BenchLayout> layouts;
+  for (const std::string& text : a.layouts) layouts.push_back(parse_layout(text));
+  fmt::print("{}: prompts of {} tokens, {} tokens of output; medians of {} round{}; floors: bytes "
+             "that must move / read bandwidth, operations / peak\n",
+             a.model, a.prompt, a.output, a.rounds, a.rounds == 1 ? "" : "s");
+  std::vector<std::vector<json>> results(layouts.size());
+  for (int round = 0; round < a.rounds; ++round)
+    for (size_t i = 0; i < layouts.size(); ++i)
+      results[i].push_back(run_layout(a, layouts[i], static_cast<uint32_t>(round + 1)));
+  json everything = json::array();
+  for (size_t i = 0; i < layouts.size(); ++i) {
+    print_layout(a, layouts[i], results[i]);
+    everything.push_back({{"layout", layouts[i].name}, {"rounds", results[i]}});
+  }
+  if (!a.json_path.empty()) {
+    std::ofstream file(a.json_path);
+    file << everything.dump(1) << '\n';
+    if (!file) throw Error(Code::kPermissionDenied, fmt::format("cannot write {}", a.json_path));
   }
   return 0;
 }

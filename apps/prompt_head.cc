@@ -41,6 +41,32 @@ class BoardSink final : public engine::EventSink {
 
 }  // namespace
 
+std::vector<PromptResult> run_prompts(engine::Engine& engine,
+                                      const std::vector<engine::GenerateRequest>& requests,
+                                      int64_t batch) {
+  auto board = std::make_shared<Board>();
+  board->results.resize(requests.size());
+  for (size_t i = 0; i < requests.size(); ++i) {
+    {
+      std::unique_lock lock(board->mutex);
+      board->changed.wait(lock, [&] { return board->running < batch; });
+      ++board->running;
+      board->results[i].submitted_ns = now_ns();
+    }
+    std::string detail;
+    const engine::SubmitResult submitted =
+        engine.submit(requests[i], std::make_shared<BoardSink>(board, i), &detail);
+    if (submitted == engine::SubmitResult::kAccepted) continue;
+    const std::lock_guard lock(board->mutex);
+    board->results[i].finish = engine::FinishReason::kError;
+    board->results[i].error = Error(Code::kInvalidArgument, detail);
+    --board->running;
+  }
+  std::unique_lock lock(board->mutex);
+  board->changed.wait(lock, [&] { return board->running == 0; });
+  return board->results;
+}
+
 PromptHead::PromptHead(Instance& instance, std::vector<engine::GenerateRequest> requests,
                        int64_t batch, Done done)
     : instance_(instance), requests_(std::move(requests)), batch_(batch), done_(std::move(done)) {}
@@ -58,29 +84,7 @@ void PromptHead::drain(Deadline) {
 }
 
 void PromptHead::run(engine::Engine& engine) {
-  auto board = std::make_shared<Board>();
-  board->results.resize(requests_.size());
-  for (size_t i = 0; i < requests_.size(); ++i) {
-    {
-      std::unique_lock lock(board->mutex);
-      board->changed.wait(lock, [&] { return board->running < batch_; });
-      ++board->running;
-      board->results[i].submitted_ns = now_ns();
-    }
-    std::string detail;
-    const engine::SubmitResult submitted =
-        engine.submit(requests_[i], std::make_shared<BoardSink>(board, i), &detail);
-    if (submitted == engine::SubmitResult::kAccepted) continue;
-    const std::lock_guard lock(board->mutex);
-    board->results[i].finish = engine::FinishReason::kError;
-    board->results[i].error = Error(Code::kInvalidArgument, detail);
-    --board->running;
-  }
-  {
-    std::unique_lock lock(board->mutex);
-    board->changed.wait(lock, [&] { return board->running == 0; });
-  }
-  done_(board->results);
+  done_(run_prompts(engine, requests_, batch_));
   instance_.stop("all prompts are answered");
 }
 

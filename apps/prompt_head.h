@@ -21,6 +21,10 @@ struct PromptResult {
   std::vector<int64_t> token_ns;   // arrival of each token
 };
 
+// Runs the requests, at most `batch` at once, and returns when all have ended.
+[[nodiscard]] std::vector<PromptResult> run_prompts(
+    engine::Engine& engine, const std::vector<engine::GenerateRequest>& requests, int64_t batch);
+
 // Offline use of an instance: runs a list of requests, at most `batch` at once, hands over the
 // results and stops the instance.
 class PromptHead final : public Head {
