@@ -8,6 +8,8 @@
 #include "apps/bench_collectives.h"
 #include "apps/bench_engine.h"
 #include "apps/bench_kernels.h"
+#include "apps/bench_load.h"
+#include "apps/bench_serve.h"
 
 namespace phalanx::apps {
 namespace {
@@ -25,6 +27,8 @@ constexpr Bench kBenches[] = {
     {"attention", bench_attention, "decode and prefill attention"},
     {"collectives", bench_collectives, "all_gather and all_reduce against raw floors"},
     {"engine", bench_engine, "prefill and decode of a model on this machine's ranks"},
+    {"serve", bench_serve, "load against an endpoint: first token, inter-token, throughput"},
+    {"load", bench_load, "loading against plain reading and copying"},
 };
 
 }  // namespace

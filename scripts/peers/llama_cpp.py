@@ -1,0 +1,78 @@
+"""llama.cpp through llama-cpp-python's C interface: one job, one JSON line on stdout.
+
+Random token ids, greedy; the weights are converted to GGUF once, beside the other caches.
+"""
+
+import argparse
+import ctypes
+import json
+import random
+import time
+
+import llama_cpp
+
+
+def batch_of(tokens, positions, sequences, wanted):
+    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i] = token
+        batch.pos[i] = positions[i]
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = sequences[i]
+        batch.logits[i] = wanted[i]
+    return batch
+
+
+def decode(context, tokens, positions, sequences, wanted):
+    batch = batch_of(tokens, positions, sequences, wanted)
+    if llama_cpp.llama_decode(context, batch) != 0:
+        raise RuntimeError("llama_decode failed")
+    llama_cpp.llama_synchronize(context)
+    llama_cpp.llama_batch_free(batch)
+
+
+def main():
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--model", required=True)
+    arguments.add_argument("--threads", type=int, required=True)
+    arguments.add_argument("--streams", type=int, required=True)
+    arguments.add_argument("--prompt", type=int, required=True)
+    arguments.add_argument("--output", type=int, required=True)
+    a = arguments.parse_args()
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(
+        a.model.encode(), llama_cpp.llama_model_default_params())
+    p = llama_cpp.llama_context_default_params()
+    p.n_ctx = a.streams * (a.prompt + a.output + 16)
+    p.n_batch = p.n_ubatch = 2048
+    p.n_seq_max = a.streams
+    p.n_threads = p.n_threads_batch = a.threads
+    context = llama_cpp.llama_init_from_model(model, p)
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    source = random.Random(1)
+
+    def run(streams, prompt, output):
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        begin = time.monotonic()
+        todo = [(source.randrange(10, vocabulary), i, s, i == prompt - 1)
+                for s in range(streams) for i in range(prompt)]
+        for at in range(0, len(todo), 2048):
+            decode(context, *map(list, zip(*todo[at:at + 2048])))
+        started = time.monotonic()
+        for step in range(output - 1):
+            decode(context, [source.randrange(10, vocabulary) for _ in range(streams)],
+                   [prompt + step] * streams, list(range(streams)), [True] * streams)
+        end = time.monotonic()
+        return started - begin, end - started, end - begin
+
+    run(1, 8, 4)
+    prefill, decoding, whole = run(a.streams, a.prompt, a.output)
+    print(json.dumps({"prefill_tok_s": a.streams * a.prompt / prefill,
+                      "decode_tok_s": a.streams * (a.output - 1) / decoding if a.output > 1 else 0,
+                      "whole_tok_s": a.streams * a.output / whole}))
+
+
+if __name__ == "__main__":
+    main()
