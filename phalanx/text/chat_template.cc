@@ -149,6 +149,15 @@ std::shared_ptr<const ChatTemplate> ChatTemplate::from_source(
   return result;
 }
 
+std::shared_ptr<const ChatTemplate> ChatTemplate::with_source(const std::string& source,
+                                                              const std::string& where) const {
+  std::shared_ptr<ChatTemplate> result(new ChatTemplate);
+  result->where_ = where;
+  result->special_tokens_ = special_tokens_;
+  result->default_ = compile(source, where);
+  return result;
+}
+
 ChatTemplate::~ChatTemplate() {
   ptx_template_free(default_);
   ptx_template_free(tool_use_);

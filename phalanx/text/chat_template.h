@@ -38,6 +38,9 @@ class ChatTemplate {
   [[nodiscard]] static std::shared_ptr<const ChatTemplate> from_source(
       const std::string& source, const std::map<std::string, std::string>& special_tokens,
       const std::string& where);
+  // Another template with this one's special tokens. Throws kInvalidArgument.
+  [[nodiscard]] std::shared_ptr<const ChatTemplate> with_source(const std::string& source,
+                                                                const std::string& where) const;
   ~ChatTemplate();
   ChatTemplate(const ChatTemplate&) = delete;
   ChatTemplate& operator=(const ChatTemplate&) = delete;

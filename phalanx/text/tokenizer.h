@@ -52,6 +52,9 @@ class Tokenizer {
   [[nodiscard]] bool is_byte_level() const;
   [[nodiscard]] bool is_byte_fallback(int32_t id) const;
 
+  // For Grammars. Lives as long as this.
+  [[nodiscard]] const PtxTokenizer* handle() const { return handle_; }
+
  private:
   explicit Tokenizer(PtxTokenizer* handle) : handle_(handle) {}
   PtxTokenizer* handle_;

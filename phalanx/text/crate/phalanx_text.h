@@ -15,6 +15,8 @@ extern "C" {
 
 typedef struct PtxTokenizer PtxTokenizer;
 typedef struct PtxTemplate PtxTemplate;
+typedef struct PtxGrammars PtxGrammars;
+typedef struct PtxWalker PtxWalker;
 
 typedef struct {
   const char* data;
@@ -64,6 +66,22 @@ void ptx_template_free(PtxTemplate* chat_template);
 bool ptx_template_render(const PtxTemplate* chat_template, const PtxText* names,
                          const PtxText* values, size_t count, int64_t now, uint64_t fuel,
                          PtxBytes* out, PtxBytes* error);
+
+// Compiles grammars for this tokeniser and a model whose logits have `vocab` ids; `eos`: the ids that
+// end a text. Borrows nothing.
+bool ptx_grammars_new(const PtxTokenizer* tokenizer, uint32_t vocab, const uint32_t* eos,
+                      size_t eos_count, PtxGrammars** out, PtxBytes* error);
+void ptx_grammars_free(PtxGrammars* grammars);
+// `kind`: json_object, json_schema, regex, lark, choice (a JSON array of texts). Bounded work.
+bool ptx_grammar_compile(const PtxGrammars* grammars, PtxText kind, PtxText text, PtxWalker** out,
+                         PtxBytes* error);
+// A walker has one user at a time; different ones are independent.
+bool ptx_walker_clone(const PtxWalker* walker, PtxWalker** out, PtxBytes* error);
+void ptx_walker_free(PtxWalker* walker);
+// Bit i % 32 of out[i / 32]: token i may come next.
+bool ptx_walker_mask(PtxWalker* walker, uint32_t* out, size_t words, PtxBytes* error);
+bool ptx_walker_accept(PtxWalker* walker, uint32_t token, PtxBytes* error);
+bool ptx_walker_is_stopped(const PtxWalker* walker);
 
 #ifdef __cplusplus
 }

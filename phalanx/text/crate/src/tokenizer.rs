@@ -106,7 +106,12 @@ impl Tokenizer {
         })
     }
 
-    fn token_bytes(&self, id: u32) -> Vec<u8> {
+    /// Added tokens are no text to a grammar: it names them, or they may not come.
+    pub fn is_added(&self, id: u32) -> bool {
+        self.added.contains_key(&id)
+    }
+
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         let Some(token) = self.inner.id_to_token(id) else {
             return Vec::new();
         };
