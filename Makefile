@@ -1,13 +1,14 @@
 # The front door. It only calls CMake presets and scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: help build demo serve test bench format lint install clean
+.PHONY: help build demo serve test test-clients bench format lint install clean
 
 help:
 	@echo "make build            build/release/phalanx (installs what is missing first)"
 	@echo "make demo             two nodes on this machine answer a question, then stop"
 	@echo "make serve            the same two nodes, and they stay up"
 	@echo "make test             unit, system, ASan+UBSan and TSan tests"
+	@echo "make test-clients     Hugging Face, Triton, litellm, langchain, schemathesis (installs them)"
 	@echo "make bench            memory, kernels, collectives, engine"
 	@echo "make install PREFIX=  lays out PREFIX/mindie-service"
 	@echo "make format | lint    clang-format; arrows between rooms and clang-tidy"
@@ -25,6 +26,9 @@ serve: build
 
 test:
 	@scripts/test
+
+test-clients: build
+	@scripts/test_clients
 
 bench: build
 	@scripts/bench

@@ -45,6 +45,8 @@ struct ModelConfig {
   int64_t cpu_mem_gb = 0;
   int64_t npu_mem_gb = -1;  // -1: automatic
   std::optional<std::string> chat_template;
+  std::string tool_call_parser;     // a registered name; empty: the family's own
+  bool enable_reasoning = false;
 };
 
 struct ScheduleConfig {

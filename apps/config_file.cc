@@ -11,6 +11,7 @@
 
 #include "apps/config_section.h"
 #include "phalanx/base/json.h"
+#include "phalanx/text/tool_calls.h"
 
 namespace phalanx::apps {
 namespace {
@@ -75,8 +76,7 @@ void read_server(const json& object, Reading& reading) {
   section.integer("maxLinkNum", Need::kMandatory, {1, 4096}, server.max_link_num);
   section.integer("maxRequestLength", Need::kOptional, {1, 100}, server.max_request_mb);
   section.integer("maxJsonDepth", Need::kOptional, {10, 100}, server.max_json_depth);
-  if (section.boolean("fullTextEnabled", Need::kOptional, server.full_text) && server.full_text)
-    section.list_ignored("fullTextEnabled", "streams carry increments");
+  section.boolean("fullTextEnabled", Need::kOptional, server.full_text);
   if (section.string("openAiSupport", Need::kOptional, server.open_ai_support) &&
       server.open_ai_support != "vllm")
     section.list_ignored("openAiSupport", "the vllm flavour is served");
@@ -142,6 +142,27 @@ void only_off(ConfigSection& section, std::string_view key, std::string_view nam
                     fmt::format("remove \"{}\": the model is then cut over all ranks by tensor "
                                 "parallelism",
                                 key));
+}
+
+// How the texts of this family are taken apart into calls and reasoning.
+void read_output_parsing(ConfigSection& family, Reading& reading, const std::string& path,
+                         ModelConfig& model) {
+  family.boolean("enable_reasoning", Need::kOptional, model.enable_reasoning);
+  std::string parser;
+  family.string("tool_call_parser", Need::kOptional, parser);
+  if (const json* options = family.object("tool_call_options", Need::kOptional)) {
+    ConfigSection inner = reading.section(*options, path + ".tool_call_options");
+    inner.string("tool_call_parser", Need::kOptional, parser);
+    inner.finish();
+  }
+  if (parser.empty()) return;
+  if (text::call_format(parser)) {
+    model.tool_call_parser = parser;
+    return;
+  }
+  reading.config.warnings.push_back(
+      fmt::format("{}: tool_call_parser \"{}\" is not known, so the family's own is used; known: {}",
+                  path, parser, fmt::join(text::call_format_names(), ", ")));
 }
 
 void read_model_entry(const json& object, Reading& reading) {
@@ -216,8 +237,11 @@ void read_model_entry(const json& object, Reading& reading) {
       std::string chat_template;
       if (inner.string("chat_template", Need::kOptional, chat_template) && !chat_template.empty())
         model.chat_template = chat_template;
+      read_output_parsing(inner, reading, family_path, model);
       for (const auto& key : family.value().items())
-        if (key.key() != "chat_template") inner.without_effect({key.key()});
+        if (key.key() != "chat_template" && key.key() != "enable_reasoning" &&
+            key.key() != "tool_call_options" && key.key() != "tool_call_parser")
+          inner.without_effect({key.key()});
     }
   }
   section.finish();

@@ -121,7 +121,8 @@ TEST_F(ConfigTest, FullDocumentedFileStarts) {
     "interNodeTlsPkPwd":"security/grpc/pass/mindie_server_key_pwd.txt",
     "interNodeKmcKsfMaster":"tools/pmt/master/ksfa","interNodeKmcKsfStandby":"x"})"));
   model().update(json::parse(R"({"dp":-1,"tp":-1,"plugin_params":"","some_sampling_key":3,
-    "models":{"llama":{"chat_template":"{{x}}","enable_reasoning":true}}})"));
+    "models":{"llama":{"chat_template":"{{x}}","enable_reasoning":true,"ep_level":1,
+      "tool_call_options":{"tool_call_parser":"hermes"}}}})"));
   schedule().update(json::parse(R"({"stageSelectPolicy":0,"enablePrefixCache":false,
     "maxFirstTokenWaitTime":2500})"));
   config_["LogConfig"] = {{"dynamicLogLevel", ""}};
@@ -133,11 +134,20 @@ TEST_F(ConfigTest, FullDocumentedFileStarts) {
        {"ServerConfig.interCommPort\n", "ServerConfig.HealthCheckConfig.npuUsageThreshold\n",
         "BackendConfig.kvPoolConfig\n", "ModelConfig[0].plugin_params\n",
         "ModelConfig[0].some_sampling_key (unknown key)\n",
-        "ModelConfig[0].models.llama.enable_reasoning\n", "ScheduleConfig.stageSelectPolicy\n",
+        "ModelConfig[0].models.llama.ep_level\n", "ScheduleConfig.stageSelectPolicy\n",
         "LogConfig\n", "environment variable HCCL_OP_EXPANSION_MODE\n"})
     EXPECT_TRUE(contains(ignored, key)) << key << " not in\n" << ignored;
   EXPECT_FALSE(contains(ignored, "tlsPkPwd"));
   EXPECT_EQ(config.model.chat_template, "{{x}}");
+  EXPECT_EQ(config.model.tool_call_parser, "hermes");
+  EXPECT_TRUE(config.model.enable_reasoning);
+}
+
+TEST_F(ConfigTest, AnUnknownToolCallParserIsWarnedOf) {
+  model().update(json::parse(R"({"models":{"llama":{"tool_call_parser":"gpt"}}})"));
+  const NodeConfig config = load();
+  EXPECT_EQ(config.model.tool_call_parser, "");
+  EXPECT_TRUE(contains(joined(config.warnings), "tool_call_parser \"gpt\" is not known"));
 }
 
 struct Change {

@@ -64,4 +64,13 @@ api::GenerationDefaults read_generation_defaults(const std::string& model_direct
   return d;
 }
 
+std::optional<bool> read_thinking_default(const std::string& model_directory) {
+  const std::string file = model_directory + "/tokenizer_config.json";
+  if (!std::filesystem::exists(file)) return std::nullopt;
+  const json j = read_json_file(file);
+  const auto it = j.find("enable_thinking");
+  if (it == j.end() || !it->is_boolean()) return std::nullopt;
+  return it->get<bool>();
+}
+
 }  // namespace phalanx::apps

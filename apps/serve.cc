@@ -71,7 +71,12 @@ api::ServiceOptions service_options(const NodeConfig& c, const models::ModelInfo
           .truncation = c.model.truncation,
           .token_timeout_s = c.server.token_timeout_s,
           .e2e_timeout_s = c.server.e2e_timeout_s,
-          .defaults = read_generation_defaults(c.model.weight_path)};
+          .defaults = read_generation_defaults(c.model.weight_path),
+          .model_type = info.model_type,
+          .call_format = c.model.tool_call_parser,
+          .enable_reasoning = c.model.enable_reasoning,
+          .thinks = read_thinking_default(c.model.weight_path),
+          .full_text = c.server.full_text};
 }
 
 // The HTTP side of the master. Ports are taken at construction, before anything loads.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <deque>
 
+#include "phalanx/api/beam_search.h"
 #include "phalanx/base/log.h"
 #include "phalanx/text/stop_matcher.h"
 
@@ -53,7 +54,7 @@ Refusal refusal_of(SubmitResult result, const std::string& detail) {
 // thread and handled on a work thread, one at a time.
 class GenerateService::Generation final : public std::enable_shared_from_this<Generation> {
  public:
-  enum class Signal { kEvent, kGone, kTokenTimeout, kTotalTimeout, kClientTimeout };
+  enum class Signal { kEvent, kGone, kStopped, kTokenTimeout, kTotalTimeout, kClientTimeout };
 
   Generation(GenerateSpec spec, std::unique_ptr<Answer> answer, const ServiceOptions& options,
              EnginePort& engine, std::shared_ptr<const TextPort> text,
@@ -67,6 +68,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
         metrics_(metrics),
         active_(std::move(active)),
         eos_ids_(options.defaults.eos_token_ids),
+        max_sequence_(options.max_sequence),
         progress_ns_(now_ns()) {
     active_->fetch_add(1);
     const size_t choices = spec_.prompts.size() * static_cast<size_t>(spec_.sequences);
@@ -85,6 +87,10 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
   // Throws Refused; then nothing of it is left in the engine. Events wait in the inbox meanwhile.
   void submit() {
     metrics_.received();
+    if (spec_.beam_width > 0) {
+      submit_beams();
+      return open_inbox();
+    }
     for (size_t i = 0; i < sequences_.size(); ++i) {
       std::string detail;
       const SubmitResult result = engine_.submit(request_for(i), std::make_shared<Sink>(*this, i),
@@ -94,11 +100,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
       for (size_t k = 0; k < i; ++k) engine_.cancel(sequences_[k].id);
       throw Refused(refusal_of(result, detail));
     }
-    {
-      const std::lock_guard lock(mutex_);
-      scheduled_ = false;
-    }
-    schedule();
+    open_inbox();
   }
 
   void put(Signal signal, size_t sequence = 0, GenerateEvent event = {}) {
@@ -108,6 +110,9 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
     }
     schedule();
   }
+
+  [[nodiscard]] const std::string& name() const { return spec_.name; }
+  [[nodiscard]] bool over() const { return over_; }
 
   // Called about every kWatchInterval; false when there is nothing to watch any more.
   bool check_time(const ServiceOptions& options) {
@@ -129,6 +134,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
     std::unique_ptr<TokenStream> stream;
     std::optional<text::StopMatcher> matcher;
     std::vector<TokenPiece> tokens;
+    std::vector<engine::PromptLogprob> prompt;
     bool done = false;
     bool counted_prompt = false;
     int64_t prompt_tokens = 0, output_tokens = 0, cached_tokens = 0;
@@ -161,8 +167,50 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
     auto& stop_ids = request.sampling.stop_token_ids;
     if (!spec_.ignore_eos) stop_ids.insert(stop_ids.end(), eos_ids_.begin(), eos_ids_.end());
     if (request.sampling.seed) *request.sampling.seed += i % static_cast<size_t>(spec_.sequences);
+    request.priority = spec_.priority;
+    if (spec_.make_guide) request.sampling.guide = spec_.make_guide();
     if (spec_.sequences > 1) request.sampling.logprobs = std::max(0, request.sampling.logprobs);
     return request;
+  }
+
+  void open_inbox() {
+    {
+      const std::lock_guard lock(mutex_);
+      scheduled_ = false;
+    }
+    schedule();
+  }
+
+  // One search per prompt; its beams are the prompt's sequences.
+  void submit_beams() {
+    const auto each = static_cast<size_t>(spec_.sequences);
+    for (size_t prompt = 0; prompt < spec_.prompts.size(); ++prompt) {
+      const engine::GenerateRequest request = request_for(prompt * each);
+      BeamOptions options{.id = fmt::format("{}.beams.{}", sequences_[0].id, prompt),
+                          .prompt = request.prompt,
+                          .width = spec_.beam_width,
+                          .returned = spec_.sequences,
+                          .length_penalty = spec_.length_penalty,
+                          .max_tokens = request.sampling.max_tokens,
+                          .min_tokens = request.sampling.min_tokens,
+                          .max_sequence = max_sequence_,
+                          .stop_token_ids = request.sampling.stop_token_ids,
+                          .logprobs = spec_.sampling.logprobs,
+                          .priority = spec_.priority};
+      auto search = std::make_shared<BeamSearch>(
+          std::move(options), engine_, work_,
+          // Kept alive by its searches, as by the sinks of other requests.
+          [self = shared_from_this(), first = prompt * each](size_t beam, GenerateEvent event) {
+            self->put(Signal::kEvent, first + beam, std::move(event));
+          });
+      beams_.push_back(search);
+      std::string detail;
+      const SubmitResult result = search->start(&detail);
+      if (result == SubmitResult::kAccepted) continue;
+      end(false);
+      cancel_rest();
+      throw Refused(refusal_of(result, detail));
+    }
   }
 
   void schedule() {
@@ -207,6 +255,8 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
         cancel_rest();
         answer_.reset();
         return;
+      case Signal::kStopped:
+        return stop_all();
       case Signal::kTokenTimeout:
         return fail(incomplete_generation("Engine callback timeout: server tokenTimeout"));
       case Signal::kTotalTimeout:
@@ -243,11 +293,12 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
       const bool hidden = event.finish == FinishReason::kStop && !spec_.include_stop;
       if (!hidden) {
         text = sequence.stream->push(event.token);
-        if (spec_.sampling.logprobs >= 0) sequence.tokens.push_back(piece_of(event));
+        if (spec_.sampling.logprobs >= 0 || spec_.want_tokens) sequence.tokens.push_back(piece_of(event));
       }
     }
     if (event.finish != FinishReason::kNone) text += sequence.stream->flush();
     piece.text = std::move(text);
+    if (!event.prompt.empty()) sequence.prompt = std::move(event.prompt);
     if (sequence.matcher) match(sequence, &piece);
     if (piece.finish == FinishReason::kStop && event.finish == FinishReason::kStop &&
         std::holds_alternative<std::monostate>(piece.stop_reason)) {
@@ -255,12 +306,32 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
       if (std::find(own.begin(), own.end(), event.stop_token) != own.end())
         piece.stop_reason = event.stop_token;
     }
+    end_piece(index, std::move(piece), event.finish != FinishReason::kNone);
+  }
+
+  // The client asked for the end: what is there is the answer.
+  void stop_all() {
+    if (!started_) {
+      started_ = true;
+      answer_->start();
+    }
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      if (sequences_[i].done || over_) continue;
+      Piece piece{.choice = static_cast<int>(i), .finish = FinishReason::kCancelled};
+      piece.text = sequences_[i].stream->flush();
+      end_piece(i, std::move(piece), false);
+    }
+  }
+
+  // `ended`: the engine is through with the sequence.
+  void end_piece(size_t index, Piece piece, bool ended) {
+    Sequence& sequence = sequences_[index];
     const bool last = piece.finish != FinishReason::kNone;
     if (!last && piece.text.empty()) return;
-    piece.tokens = std::move(sequence.tokens);
-    sequence.tokens.clear();
+    piece.tokens = std::exchange(sequence.tokens, {});
+    piece.prompt = std::exchange(sequence.prompt, {});
     sequence.done = last;
-    if (last && event.finish == FinishReason::kNone) engine_.cancel(sequence.id);
+    if (last && !ended) engine_.cancel(sequence.id);
     answer_->piece(piece, usage());
     if (!last || !std::all_of(sequences_.begin(), sequences_.end(),
                               [](const Sequence& s) { return s.done; }))
@@ -322,6 +393,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
   }
 
   void cancel_rest() {
+    for (const auto& search : beams_) search->cancel();
     for (Sequence& sequence : sequences_) {
       if (!sequence.done) engine_.cancel(sequence.id);
       sequence.done = true;
@@ -342,7 +414,9 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
   Metrics& metrics_;
   std::shared_ptr<std::atomic<int64_t>> active_;
   const std::vector<int32_t> eos_ids_;
+  const int64_t max_sequence_;
   std::vector<Sequence> sequences_;
+  std::vector<std::shared_ptr<BeamSearch>> beams_;
   bool started_ = false;
   std::atomic<bool> over_{false};
   std::atomic<int64_t> progress_ns_;
@@ -368,6 +442,18 @@ void GenerateService::stop() {
   const std::lock_guard lock(mutex_);
   for (const auto& weak : running_)
     if (const auto generation = weak.lock()) generation->put(Generation::Signal::kGone);
+}
+
+bool GenerateService::stop_named(const std::string& name) {
+  const std::lock_guard lock(mutex_);
+  bool found = false;
+  for (const auto& weak : running_) {
+    const auto generation = weak.lock();
+    if (!generation || generation->name() != name || generation->over()) continue;
+    generation->put(Generation::Signal::kStopped);
+    found = true;
+  }
+  return found;
 }
 
 void GenerateService::watch(const std::stop_token& stop) {

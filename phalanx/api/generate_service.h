@@ -9,6 +9,7 @@
 #include <variant>
 #include <vector>
 
+#include "phalanx/api/guide.h"
 #include "phalanx/api/metrics.h"
 #include "phalanx/api/ports.h"
 #include "phalanx/api/refusal.h"
@@ -29,7 +30,14 @@ struct GenerateSpec {
   bool ignore_eos = false;
   bool stream = false;                        // how tokenTimeout counts
   std::optional<double> client_timeout_s;     // the request's own limit
+  int32_t priority = 5;                       // 1 to 5
+  int beam_width = 0;                         // > 0: beam search; the best `sequences` are returned
+  double length_penalty = 1;                  // of beam search
+  bool want_tokens = false;                   // pieces have their tokens even without logprobs
+  // What the tokens of one sequence must follow; called once per sequence. Null: nothing.
+  std::function<std::shared_ptr<engine::TokenGuide>()> make_guide;
   Clock::time_point received = Clock::now();
+  std::string name;                           // the client's own, for stop_named(); may be empty
 };
 
 struct TopToken {
@@ -46,8 +54,10 @@ struct TokenPiece {
 struct Piece {
   int choice = 0;
   std::string text;                    // whole characters
-  std::vector<TokenPiece> tokens;      // since the last piece; only with logprobs
-  engine::FinishReason finish = engine::FinishReason::kNone;  // kNone, kStop or kLength
+  std::vector<TokenPiece> tokens;      // since the last piece; only if wanted
+  std::vector<engine::PromptLogprob> prompt;  // with the first piece, if asked for
+  engine::FinishReason finish = engine::FinishReason::kNone;  // kNone, kStop, kLength; kCancelled
+                                                               // after stop_named()
   std::variant<std::monostate, std::string, int32_t> stop_reason;  // stop string, or the request's id
 };
 
@@ -96,6 +106,9 @@ class GenerateService {
              const std::shared_ptr<Responder>& responder);
 
   [[nodiscard]] const TextPort& text() const { return *text_; }
+  [[nodiscard]] const std::shared_ptr<GuideThreads>& guide_threads() const { return guide_threads_; }
+  // Ends the running generation that its client called `name`. False: there is none.
+  bool stop_named(const std::string& name);
   // Generations that have not ended.
   [[nodiscard]] int64_t active() const { return active_->load(); }
 
@@ -112,6 +125,7 @@ class GenerateService {
   std::atomic<uint64_t> next_id_{0};
   std::mutex mutex_;
   std::vector<std::weak_ptr<Generation>> running_;
+  const std::shared_ptr<GuideThreads> guide_threads_ = std::make_shared<GuideThreads>(1);
   std::jthread watcher_;
 };
 

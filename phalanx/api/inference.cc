@@ -1,105 +1,214 @@
+#include "phalanx/api/inference.h"
+
 #include <fmt/format.h>
 
-#include <ctime>
+#include <nlohmann/json.hpp>
 
-#include "phalanx/api/core.h"
-#include "phalanx/api/fields.h"
-#include "phalanx/api/openai.h"
+#include "phalanx/api/refusal.h"
+#include "phalanx/base/error.h"
+#include "phalanx/text/call_syntax.h"
 
 namespace phalanx::api {
 namespace {
 
+using OrderedJson = nlohmann::ordered_json;
+
 constexpr size_t kMaxIdBytes = 256;
+constexpr const char* kThinkStart = "<think>";
+constexpr const char* kThinkEnd = "</think>";
 
-// The request's own name, if it is one, else our count.
-std::string request_id(Core& core, const HttpRequest& request) {
-  const std::string_view own = request.header("req-id");
-  if (!own.empty() && own.size() <= kMaxIdBytes) return std::string(own);
-  return fmt::format("endpoint_common_{}", core.next_id.fetch_add(1));
-}
-
-GenerateSpec spec_of(SamplingFields fields, Clock::time_point received) {
-  GenerateSpec spec;
-  spec.sequences = fields.sequences;
-  spec.sampling = std::move(fields.sampling);
-  spec.stops = std::move(fields.stops);
-  spec.include_stop = fields.include_stop;
-  spec.skip_special = fields.skip_special;
-  spec.ignore_eos = fields.ignore_eos;
-  spec.stream = fields.stream;
-  spec.received = received;
-  return spec;
-}
-
-AnswerContext context_of(Core& core, const HttpRequest& request, const SamplingFields& fields,
-                         size_t prompts, const std::vector<std::string>& ignored,
-                         const std::shared_ptr<Responder>& responder) {
-  AnswerContext context;
-  context.responder = responder;
-  context.text = core.text;
-  context.id = request_id(core, request);
-  context.model = core.options.model_name;
-  context.created = static_cast<int64_t>(std::time(nullptr));
-  context.stream = fields.stream;
-  context.include_usage = fields.include_usage;
-  context.logprobs = fields.sampling.logprobs;
-  context.sequences = fields.sequences;
-  context.choices = static_cast<int>(prompts) * fields.sequences;
-  if (!ignored.empty()) context.headers.emplace_back("X-Phalanx-Ignored", ignored_header(ignored));
-  return context;
-}
-
-void chat(Core& core, const HttpRequest& request, Clock::time_point received,
-          const std::shared_ptr<Responder>& responder) {
-  ChatRequest chat = parse_chat(request.body, core.options);
-  if (!core.text->has_chat_template())
-    throw Refused(fmt::format("Model {} has no chat template, so it cannot serve /v1/chat/completions. "
-                              "Use /v1/completions, or add chat_template.jinja to {}",
-                              core.options.model_name, core.options.model_path));
-  std::vector<int32_t> ids = core.text->encode(core.text->render_chat(chat.chat), false);
-  core.generate.check_prompt(&ids);
-  auto answer = make_chat_answer(context_of(core, request, chat.fields, 1, chat.ignored, responder));
-  GenerateSpec spec = spec_of(std::move(chat.fields), received);
-  spec.prompts.push_back(std::move(ids));
-  core.generate.start(std::move(spec), std::move(answer), responder);
-}
-
-void complete(Core& core, const HttpRequest& request, Clock::time_point received,
-              const std::shared_ptr<Responder>& responder) {
-  CompletionRequest completion = parse_completion(request.body, core.options);
-  AnswerContext context = context_of(core, request, completion.fields, completion.prompts.size(),
-                                     completion.ignored, responder);
-  GenerateSpec spec = spec_of(std::move(completion.fields), received);
-  for (auto& prompt : completion.prompts) {
-    const auto* text = std::get_if<std::string>(&prompt);
-    std::vector<int32_t> ids =
-        text != nullptr ? core.text->encode(*text, true) : std::get<std::vector<int32_t>>(prompt);
-    core.generate.check_prompt(&ids);
-    if (completion.echo)
-      context.echo.push_back(text != nullptr ? *text : core.text->decode(ids, spec.skip_special));
-    spec.prompts.push_back(std::move(ids));
+// Gives the bodies of refusals another shape.
+class ShapingResponder final : public Responder {
+ public:
+  ShapingResponder(std::shared_ptr<Responder> inner, ErrorShape shape)
+      : inner_(std::move(inner)), shape_(shape) {}
+  void respond(HttpResponse response) override {
+    if (response.status >= 400) {
+      const auto body = OrderedJson::parse(response.body, nullptr, false);
+      const bool known = body.is_object() && body.contains("error") && body["error"].is_string();
+      response.body = shape_(response.status, known ? body["error"].get<std::string>() : response.body,
+                             known ? body.value("error_type", "") : "");
+      response.content_type = "application/json";
+    }
+    inner_->respond(std::move(response));
   }
-  core.generate.start(std::move(spec), make_completion_answer(std::move(context)), responder);
+  void start_stream(int status, std::string content_type,
+                    std::vector<std::pair<std::string, std::string>> headers) override {
+    inner_->start_stream(status, std::move(content_type), std::move(headers));
+  }
+  void write(std::string bytes) override { inner_->write(std::move(bytes)); }
+  void end() override { inner_->end(); }
+  void on_disconnect(std::function<void()> callback) override {
+    inner_->on_disconnect(std::move(callback));
+  }
+
+ private:
+  std::shared_ptr<Responder> inner_;
+  ErrorShape shape_;
+};
+
+std::unique_ptr<text::GrammarWalker> compile(const Core& core, const text::GrammarSpec& spec) {
+  try {
+    return core.text->compile(spec);
+  } catch (const Error& error) {
+    if (error.code() != Code::kInvalidArgument) throw;
+    throw Refused(error.what());
+  }
 }
 
-using Route = void (*)(Core&, const HttpRequest&, Clock::time_point, const std::shared_ptr<Responder>&);
-
-Handler on_work_thread(const std::shared_ptr<Core>& core, Route route) {
-  return [core, route](HttpRequest request, std::shared_ptr<Responder> responder) {
-    const auto received = Clock::now();
-    auto shared = std::make_shared<const HttpRequest>(std::move(request));
-    core->handle(responder, [core, route, received, shared, responder] {
-      core->require_serving();
-      route(*core, *shared, received, responder);
-    });
+// One guide per sequence, each from a copy of what was compiled once.
+void add_guide(const Core& core, GenerateSpec* spec, GuideOptions options,
+               std::unique_ptr<text::GrammarWalker> compiled) {
+  options.vocab_size = core.options.vocab_size;
+  std::shared_ptr<text::GrammarWalker> walker = std::move(compiled);
+  spec->make_guide = [options, walker, threads = core.generate.guide_threads()] {
+    return make_guide(options, walker ? walker->clone() : nullptr, threads);
   };
+}
+
+// A list of calls of the offered functions, each with arguments after its schema.
+text::GrammarSpec call_grammar(const std::string& tools, bool parallel) {
+  OrderedJson calls = OrderedJson::array();
+  for (const auto& tool : OrderedJson::parse(tools)) {
+    const auto& function = tool["function"];
+    OrderedJson parameters = OrderedJson{{"type", "object"}};
+    if (const auto found = function.find("parameters"); found != function.end() && found->is_object())
+      parameters = *found;
+    calls.push_back({{"type", "object"},
+                     {"properties", {{"name", {{"const", function["name"]}}}, {"parameters", parameters}}},
+                     {"required", {"name", "parameters"}},
+                     {"additionalProperties", false}});
+  }
+  OrderedJson schema{{"type", "array"}, {"minItems", 1}, {"items", {{"anyOf", std::move(calls)}}}};
+  schema["maxItems"] = parallel ? 16 : 1;
+  return {.kind = text::GrammarSpec::Kind::kJsonSchema, .text = schema.dump()};
+}
+
+// Whether the answer begins with reasoning: what the end of the prompt shows, else what the request
+// says, else what families do by themselves.
+bool will_think(const Core& core, const ChatWishes& wishes, std::string_view prompt) {
+  const std::string_view end = text::syntax::trimmed_right(prompt);
+  if (end.ends_with(kThinkStart)) return true;
+  if (end.ends_with(kThinkEnd)) return false;
+  if (wishes.thinking_known) return wishes.thinking;
+  if (core.options.thinks) return *core.options.thinks;
+  return core.options.model_type.starts_with("qwen3") || core.options.model_type == "deepseek_v3";
 }
 
 }  // namespace
 
+Handler inference_handler(const std::shared_ptr<Core>& core, InferenceRoute route, ErrorShape shape) {
+  return [core, route = std::move(route), shape](HttpRequest request,
+                                                 std::shared_ptr<Responder> responder) {
+    const auto received = Clock::now();
+    auto shared = std::make_shared<const HttpRequest>(std::move(request));
+    if (shape != nullptr) responder = std::make_shared<ShapingResponder>(std::move(responder), shape);
+    core->handle(responder, [core, route, received, shared, responder] {
+      core->require_serving();
+      InferenceCall call{*core, *shared, received, responder};
+      route(call);
+    });
+  };
+}
+
+std::string request_id(InferenceCall& call, std::string_view prefix) {
+  const std::string_view own = call.request.header("req-id");
+  if (!own.empty() && own.size() <= kMaxIdBytes) return std::string(own);
+  return fmt::format("{}{}", prefix, call.core.next_id.fetch_add(1));
+}
+
+std::vector<std::pair<std::string, std::string>> ignored_headers(
+    const std::vector<std::string>& ignored) {
+  if (ignored.empty()) return {};
+  return {{"X-Phalanx-Ignored", ignored_header(ignored)}};
+}
+
+GenerateSpec spec_of(InferenceCall& call, const SamplingFields& fields) {
+  GenerateSpec spec;
+  spec.sequences = fields.sequences;
+  spec.sampling = fields.sampling;
+  spec.stops = fields.stops;
+  spec.include_stop = fields.include_stop;
+  spec.skip_special = fields.skip_special;
+  spec.ignore_eos = fields.ignore_eos;
+  spec.stream = fields.stream;
+  spec.client_timeout_s = fields.timeout_s;
+  spec.priority = fields.priority;
+  spec.received = call.received;
+  spec.beam_width = fields.beam_search ? fields.beam_width : 0;
+  spec.length_penalty = fields.length_penalty;
+  if (fields.grammar) add_guide(call.core, &spec, {}, compile(call.core, *fields.grammar));
+  return spec;
+}
+
+std::vector<int32_t> prompt_ids(InferenceCall& call, std::string_view text,
+                                std::optional<int64_t> truncate) {
+  std::vector<int32_t> ids = call.core.text->encode(text, true);
+  if (truncate && std::ssize(ids) > *truncate) ids.erase(ids.begin(), ids.end() - *truncate);
+  call.core.generate.check_prompt(&ids);
+  return ids;
+}
+
+PreparedChat prepare_chat(InferenceCall& call, const SamplingFields& fields, const ChatWishes& wishes) {
+  Core& core = call.core;
+  const ServiceOptions& options = core.options;
+  if (!core.text->has_chat_template() && wishes.chat.source.empty())
+    throw Refused(fmt::format("Model {} has no chat template, so it cannot serve {}. Use "
+                              "/v1/completions, or add chat_template.jinja to {}",
+                              options.model_name, call.request.path, options.model_path));
+  ChatText chat_text = wishes.chat;
+  if (!wishes.thinking_known && options.thinks) {
+    auto kwargs = chat_text.kwargs.empty() ? OrderedJson::object() : OrderedJson::parse(chat_text.kwargs);
+    kwargs["enable_thinking"] = *options.thinks;
+    chat_text.kwargs = kwargs.dump();
+  }
+  const std::string prompt = core.text->render_chat(chat_text);
+  std::vector<int32_t> ids = core.text->encode(prompt, false);
+  core.generate.check_prompt(&ids);
+
+  SamplingFields plain = fields;
+  const std::optional<text::GrammarSpec> grammar =
+      wishes.forced_call ? call_grammar(wishes.tools, wishes.parallel_calls) : fields.grammar;
+  plain.grammar.reset();
+  PreparedChat chat{.spec = spec_of(call, plain), .output = {}};
+  chat.spec.prompts.push_back(std::move(ids));
+
+  OutputFormat& output = chat.output;
+  const bool thinks = will_think(core, wishes, prompt);
+  output.reasoning = options.enable_reasoning && thinks;
+  output.reasoning_start = kThinkStart;
+  output.reasoning_end = kThinkEnd;
+  if (thinks) output.reasoning_end_ids = core.text->encode(kThinkEnd, false);
+  output.tools = wishes.tools;
+  output.parallel = wishes.parallel_calls;
+  if (wishes.forced_call)
+    output.calls = text::CallFormat::kJsonList;
+  else if (!wishes.tools.empty())
+    output.calls = text::call_format(options.call_format)
+                       .value_or(text::default_call_format(options.model_type));
+  // The marks of calls and of reasoning may be special tokens.
+  if (output.calls != text::CallFormat::kNone || output.reasoning) chat.spec.skip_special = false;
+  chat.spec.want_tokens = output.reasoning;
+
+  const bool budget = wishes.thinking_budget >= 0 && thinks;
+  if (grammar || budget)
+    add_guide(core, &chat.spec,
+              {.reasoning = budget || (grammar && output.reasoning),
+               .reasoning_end = output.reasoning_end_ids,
+               .reasoning_budget = budget ? wishes.thinking_budget : -1},
+              grammar ? compile(core, *grammar) : nullptr);
+  return chat;
+}
+
 void mount_inference(const std::shared_ptr<Core>& core, Server& server) {
-  server.route(kBusiness, "POST", "/v1/chat/completions", on_work_thread(core, chat));
-  server.route(kBusiness, "POST", "/v1/completions", on_work_thread(core, complete));
+  mount_openai(core, server);
+  mount_responses(core, server);
+  mount_messages(core, server);
+  mount_generate(core, server);
+  mount_native(core, server);
+  mount_triton(core, server);
+  mount_tokenizer(core, server);
+  mount_openapi(core, server);
 }
 
 }  // namespace phalanx::api

@@ -4,9 +4,11 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <variant>
 #include <vector>
 
+#include "phalanx/api/chat_output.h"
 #include "phalanx/api/generate_service.h"
 #include "phalanx/api/ports.h"
 #include "phalanx/api/sampling_fields.h"
@@ -14,9 +16,20 @@
 // The OpenAI dialect: bodies into plain structs, results into bodies. Knows no engine.
 namespace phalanx::api {
 
+// What a chat asks for beside sampling; also what the other dialects of chat are turned into.
+struct ChatWishes {
+  ChatText chat;
+  std::string tools;                  // offered ones, as a JSON array; empty: none
+  bool forced_call = false;           // tool_choice: required, or a name
+  bool parallel_calls = true;
+  bool thinking_known = false;        // the request says whether to think
+  bool thinking = false;
+  int64_t thinking_budget = -1;
+};
+
 struct ChatRequest {
   SamplingFields fields;
-  ChatText chat;
+  ChatWishes wishes;
   std::vector<std::string> ignored;  // names of fields without effect
 };
 // Throws Refused.
@@ -37,11 +50,16 @@ struct AnswerContext {
   std::string id;
   std::string model;
   int64_t created = 0;               // seconds since 1970
-  bool stream = false, include_usage = false;
+  bool stream = false, include_usage = false, continuous_usage = false;
+  bool full_text = false;            // fullTextEnabled: the last event of a stream has all of it
   int32_t logprobs = -1;             // as in SamplingParams
+  bool prompt_logprobs = false;      // asked for by this name
+  std::vector<std::vector<int32_t>> echo_ids;  // by prompt; with echo and logprobs
   int sequences = 1;                 // per prompt
   int choices = 1;
+  bool beams = false;
   std::vector<std::string> echo;     // by prompt; empty without echo
+  OutputFormat output;
   std::vector<std::pair<std::string, std::string>> headers;
 };
 [[nodiscard]] std::unique_ptr<Answer> make_chat_answer(AnswerContext context);

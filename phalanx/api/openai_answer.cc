@@ -14,7 +14,7 @@ OrderedJson usage_json(const Usage& usage) {
   OrderedJson json;
   json["prompt_tokens"] = usage.prompt_tokens;
   if (usage.cached_tokens > 0)
-    json["prompt_tokens_details"] = {{"cached_tokens", usage.cached_tokens}};
+    json["prompt_tokens_details"] = OrderedJson{{"cached_tokens", usage.cached_tokens}};
   json["completion_tokens"] = usage.completion_tokens;
   json["total_tokens"] = usage.prompt_tokens + usage.completion_tokens;
   return json;
@@ -24,6 +24,23 @@ OrderedJson finish_json(engine::FinishReason reason) {
   if (reason == engine::FinishReason::kStop) return "stop";
   if (reason == engine::FinishReason::kLength) return "length";
   return nullptr;
+}
+
+OrderedJson prompt_logprobs_json(const std::vector<engine::PromptLogprob>& prompt,
+                                 const TextPort& text) {
+  OrderedJson list = OrderedJson::array({nullptr});
+  for (const engine::PromptLogprob& token : prompt) {
+    OrderedJson entry = OrderedJson::object();
+    const auto add = [&](int32_t id, float logprob, int64_t rank) {
+      entry[std::to_string(id)] =
+          OrderedJson{{"logprob", logprob}, {"rank", rank}, {"decoded_token", text.token_text(id)}};
+    };
+    add(token.token, token.logprob, token.rank);
+    for (size_t i = 0; i < token.top.size(); ++i)
+      add(token.top[i].token, token.top[i].logprob, static_cast<int64_t>(i) + 1);
+    list.push_back(std::move(entry));
+  }
+  return list;
 }
 
 std::vector<size_t> choice_order(const Outcome& outcome, int sequences) {
@@ -40,7 +57,8 @@ std::vector<size_t> choice_order(const Outcome& outcome, int sequences) {
 OpenAiAnswer::OpenAiAnswer(AnswerContext context)
     : context_(std::move(context)),
       choices_(context_.stream ? 0 : static_cast<size_t>(context_.choices)),
-      opened_(static_cast<size_t>(context_.choices)) {}
+      opened_(static_cast<size_t>(context_.choices)),
+      full_texts_(opened_.size()) {}
 
 OrderedJson OpenAiAnswer::frame(bool stream) const {
   OrderedJson json;
@@ -50,6 +68,8 @@ OrderedJson OpenAiAnswer::frame(bool stream) const {
   json["model"] = context_.model;
   return json;
 }
+
+OrderedJson OpenAiAnswer::usage(const Usage& usage) const { return usage_json(usage); }
 
 void OpenAiAnswer::send(const OrderedJson& event) {
   context_.responder->write("data: " + dump(event) + "\n\n");
@@ -67,6 +87,7 @@ void OpenAiAnswer::piece(const Piece& piece, const Usage& usage) {
     Choice& choice = choices_[index];
     choice.text += piece.text;
     choice.tokens.insert(choice.tokens.end(), piece.tokens.begin(), piece.tokens.end());
+    if (!piece.prompt.empty()) choice.prompt = piece.prompt;
     choice.finish = piece.finish;
     choice.stop_reason = piece.stop_reason;
     return;
@@ -75,10 +96,17 @@ void OpenAiAnswer::piece(const Piece& piece, const Usage& usage) {
     opened_[index] = true;
     open_choice(piece.choice);
   }
-  OrderedJson event = frame(true);
-  event["choices"] = OrderedJson::array({stream_choice(piece)});
-  if (piece.finish != engine::FinishReason::kNone) event["usage"] = usage_json(usage);
-  send(event);
+  const bool last = piece.finish != engine::FinishReason::kNone;
+  if (context_.full_text) full_texts_[index] += piece.text;
+  std::vector<OrderedJson> events = stream_choices(piece);
+  for (size_t i = 0; i < events.size(); ++i) {
+    OrderedJson event = frame(true);
+    event["choices"] = OrderedJson::array({std::move(events[i])});
+    const bool ends = last && i + 1 == events.size();
+    if (ends && context_.full_text) event["full_text"] = full_texts_[index];
+    if (ends || context_.continuous_usage) event["usage"] = this->usage(usage);
+    send(event);
+  }
 }
 
 void OpenAiAnswer::finish(const Outcome& outcome) {
@@ -86,7 +114,7 @@ void OpenAiAnswer::finish(const Outcome& outcome) {
     if (context_.include_usage) {
       OrderedJson event = frame(true);
       event["choices"] = OrderedJson::array();
-      event["usage"] = usage_json(outcome.usage);
+      event["usage"] = usage(outcome.usage);
       send(event);
     }
     context_.responder->write("data: [DONE]\n\n");
@@ -95,10 +123,10 @@ void OpenAiAnswer::finish(const Outcome& outcome) {
   }
   OrderedJson body = frame(false);
   OrderedJson choices = OrderedJson::array();
-  for (const size_t i : choice_order(outcome, context_.sequences))
+  for (const size_t i : choice_order(outcome, context_.beams ? 1 : context_.sequences))
     choices.push_back(whole_choice(static_cast<int>(choices.size()), choices_[i]));
   body["choices"] = std::move(choices);
-  body["usage"] = usage_json(outcome.usage);
+  body["usage"] = usage(outcome.usage);
   context_.responder->respond({.status = 200, .body = dump(body), .headers = context_.headers});
 }
 

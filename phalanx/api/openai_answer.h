@@ -19,9 +19,14 @@ using OrderedJson = nlohmann::ordered_json;
 struct Choice {
   std::string text;
   std::vector<TokenPiece> tokens;
+  std::vector<engine::PromptLogprob> prompt;
   engine::FinishReason finish = engine::FinishReason::kNone;
   decltype(Piece::stop_reason) stop_reason;
 };
+
+// vLLM's prompt_logprobs: null for the first token, then {id: {logprob, rank, decoded_token}}.
+[[nodiscard]] OrderedJson prompt_logprobs_json(const std::vector<engine::PromptLogprob>& prompt,
+                                               const TextPort& text);
 
 // The choices in the order to return them: as they are, or, where a prompt has several, its own by
 // falling cumulative log-probability.
@@ -40,9 +45,11 @@ class OpenAiAnswer : public Answer {
  protected:
   // The event that opens a choice's stream, if the dialect has one.
   virtual void open_choice(int choice) = 0;
-  [[nodiscard]] virtual OrderedJson stream_choice(const Piece& piece) = 0;
+  // The events of a piece, each one choice; none where nothing is to be shown.
+  [[nodiscard]] virtual std::vector<OrderedJson> stream_choices(const Piece& piece) = 0;
   [[nodiscard]] virtual OrderedJson whole_choice(int index, const Choice& choice) = 0;
   [[nodiscard]] virtual const char* object(bool stream) const = 0;
+  [[nodiscard]] virtual OrderedJson usage(const Usage& usage) const;
 
   [[nodiscard]] OrderedJson frame(bool stream) const;
   void send(const OrderedJson& event);
@@ -53,6 +60,7 @@ class OpenAiAnswer : public Answer {
   bool started_ = false;
   std::vector<Choice> choices_;
   std::vector<bool> opened_;
+  std::vector<std::string> full_texts_;
 };
 
 }  // namespace phalanx::api

@@ -11,6 +11,8 @@ namespace {
 
 using nlohmann::json;
 
+constexpr size_t kMaxTemplateBytes = 1 << 20;
+
 bool absent(const json& object, const char* key) {
   const auto it = object.find(key);
   return it == object.end() || it->is_null();
@@ -51,9 +53,13 @@ void check_tool(const json& tool) {
         text);
 }
 
-// Which tools the model is offered: indices into `tools`.
-std::vector<size_t> offered_tools(Fields& fields, const json* tools) {
-  std::vector<size_t> offered;
+// What the model is offered: indices into `tools`, and whether it must call one of them.
+struct Offer {
+  std::vector<size_t> tools;
+  bool forced = false;
+};
+Offer offered_tools(Fields& fields, const json* tools) {
+  Offer offer;
   const json* choice = fields.find("tool_choice");
   std::string only;
   bool none = false;
@@ -61,21 +67,24 @@ std::vector<size_t> offered_tools(Fields& fields, const json* tools) {
     if (*choice != "none" && *choice != "auto" && *choice != "required")
       throw Refused("Parameter tool_choice string not in [none, auto, required]");
     none = *choice == "none";
+    offer.forced = *choice == "required";
   } else if (choice != nullptr && choice->is_object()) {
     check_tool(*choice);
     only = (*choice)["function"]["name"].get<std::string>();
+    offer.forced = true;
   } else if (choice != nullptr) {
     throw Refused("Parameter tool_choice not string or object");
   }
-  if (tools == nullptr) return offered;
-  if (!tools->is_array()) throw Refused("Tools not array");
-  for (size_t i = 0; i < tools->size(); ++i) {
+  if (tools != nullptr && !tools->is_array()) throw Refused("Tools not array");
+  for (size_t i = 0; tools != nullptr && i < tools->size(); ++i) {
     check_tool((*tools)[i]);
-    if (!none && (only.empty() || (*tools)[i]["function"]["name"] == only)) offered.push_back(i);
+    if (!none && (only.empty() || (*tools)[i]["function"]["name"] == only)) offer.tools.push_back(i);
   }
-  if (!only.empty() && offered.empty())
+  if (!only.empty() && offer.tools.empty())
     throw Refused(fmt::format("Parameter tool_choice names the function {}, which is not in tools", only));
-  return offered;
+  if (offer.forced && offer.tools.empty())
+    throw Refused("Parameter tool_choice is required, but tools is absent or empty");
+  return offer;
 }
 
 void check_tool_calls(const json& calls) {
@@ -140,6 +149,8 @@ OrderedJson read_message(const json& message, const OrderedJson& ordered, size_t
       throw Refused("Request param content len should not be 0");
     *units += utf16_units(text);
     out["content"] = std::move(text);
+  } else {
+    out["content"] = "";  // templates add texts together
   }
   if (role == "tool") {
     if (absent(message, "tool_call_id") || !message["tool_call_id"].is_string())
@@ -152,21 +163,26 @@ OrderedJson read_message(const json& message, const OrderedJson& ordered, size_t
 
 std::string type_word(const json& value) { return value.type_name(); }
 
-std::string read_template_kwargs(Fields& fields, std::vector<std::string>* ignored) {
+void read_template_kwargs(Fields& fields, ChatWishes* out) {
   const json* kwargs = fields.find("chat_template_kwargs");
-  if (kwargs == nullptr) return {};
+  if (kwargs == nullptr) return;
   if (!kwargs->is_object()) throw Refused("chat_template_kwargs must be a JSON object");
   const auto thinking = kwargs->find("enable_thinking");
-  const bool has_thinking = thinking != kwargs->end() && !thinking->is_null();
-  if (has_thinking && !thinking->is_boolean())
-    throw Refused("enable_thinking must be boolean, got " + type_word(*thinking));
+  if (thinking != kwargs->end() && !thinking->is_null()) {
+    if (!thinking->is_boolean())
+      throw Refused("enable_thinking must be boolean, got " + type_word(*thinking));
+    out->thinking_known = true;
+    out->thinking = thinking->get<bool>();
+  }
   Fields inner(*kwargs);
-  if (has_thinking && thinking->get<bool>() &&
-      inner.integer("thinking_budget",
-                    {.low = 1, .high = 2147483647,
-                     .before = "Parameter thinking_budget must be in [1,2147483647], got "}))
-    ignored->push_back("chat_template_kwargs.thinking_budget");
-  return kwargs->dump();
+  if (out->thinking)
+    out->thinking_budget =
+        inner
+            .integer("thinking_budget",
+                     {.low = 1, .high = 2147483647,
+                      .before = "Parameter thinking_budget must be in [1,2147483647], got "})
+            .value_or(-1);
+  out->chat.kwargs = kwargs->dump();
 }
 
 OrderedJson logprobs_json(const std::vector<TokenPiece>& tokens, const TextPort& text) {
@@ -190,7 +206,9 @@ OrderedJson logprobs_json(const std::vector<TokenPiece>& tokens, const TextPort&
 
 class ChatAnswer final : public OpenAiAnswer {
  public:
-  using OpenAiAnswer::OpenAiAnswer;
+  explicit ChatAnswer(AnswerContext context) : OpenAiAnswer(std::move(context)) {
+    for (int i = 0; context_.stream && i < context_.choices; ++i) outputs_.emplace_back(context_.output);
+  }
 
  protected:
   const char* object(bool stream) const override {
@@ -199,30 +217,89 @@ class ChatAnswer final : public OpenAiAnswer {
 
   void open_choice(int choice) override {
     OrderedJson event = frame(true);
-    event["choices"] = OrderedJson::array({stream_choice(Piece{.choice = choice})});
+    event["choices"] = OrderedJson::array({{{"index", choice},
+                                            {"delta", {{"role", "assistant"}, {"content", ""}}},
+                                            {"logprobs", nullptr},
+                                            {"finish_reason", nullptr}}});
     send(event);
   }
 
-  OrderedJson stream_choice(const Piece& piece) override {
-    OrderedJson json;
-    json["index"] = piece.choice;
-    json["delta"] = OrderedJson{{"role", "assistant"}, {"content", piece.text}};
-    json["logprobs"] = piece.tokens.empty() ? OrderedJson(nullptr)
-                                            : logprobs_json(piece.tokens, *context_.text);
-    json["finish_reason"] = finish_json(piece.finish);
-    return json;
+  std::vector<OrderedJson> stream_choices(const Piece& piece) override {
+    ChatOutput& output = outputs_[static_cast<size_t>(piece.choice)];
+    const bool last = piece.finish != engine::FinishReason::kNone;
+    const ChatDelta delta = output.push(piece.text, piece.tokens, last);
+    std::vector<OrderedJson> events;
+    const auto add = [&](OrderedJson fields) {
+      OrderedJson json;
+      json["index"] = piece.choice;
+      json["delta"] = OrderedJson{{"role", "assistant"}};
+      json["delta"].update(fields);
+      json["logprobs"] = nullptr;
+      json["finish_reason"] = nullptr;
+      events.push_back(std::move(json));
+    };
+    if (!delta.reasoning.empty()) add({{"reasoning_content", delta.reasoning}});
+    if (!delta.content.empty()) add({{"content", delta.content}});
+    for (const NumberedCall& call : delta.calls) {
+      add({{"tool_calls",
+            OrderedJson::array({{{"index", call.index},
+                                 {"id", call.id},
+                                 {"type", "function"},
+                                 {"function", {{"name", call.call.name}}}}})}});
+      add({{"tool_calls",
+            OrderedJson::array({{{"index", call.index},
+                                 {"function", {{"arguments", call.call.arguments}}}}})}});
+    }
+    if (events.empty() && (last || (context_.logprobs >= 0 && !piece.tokens.empty())))
+      add({{"content", ""}});
+    if (events.empty()) return events;
+    if (context_.logprobs >= 0 && !piece.tokens.empty())
+      events.front()["logprobs"] = logprobs_json(piece.tokens, *context_.text);
+    if (last) events.back()["finish_reason"] = finish_of(piece.finish, output);
+    return events;
   }
 
   OrderedJson whole_choice(int index, const Choice& choice) override {
+    ChatOutput output(context_.output);
+    const ChatDelta delta = output.push(choice.text, choice.tokens, true);
+    OrderedJson message{{"role", "assistant"}};
+    if (!delta.reasoning.empty()) message["reasoning_content"] = delta.reasoning;
+    message["content"] = delta.content;
+    message["tool_calls"] = OrderedJson::array();
+    for (const NumberedCall& call : delta.calls)
+      message["tool_calls"].push_back(
+          {{"id", call.id},
+           {"type", "function"},
+           {"function", {{"name", call.call.name}, {"arguments", call.call.arguments}}}});
+    reasoning_tokens_ += output.reasoning_tokens();
     OrderedJson json;
     json["index"] = index;
-    json["message"] = OrderedJson{
-        {"role", "assistant"}, {"content", choice.text}, {"tool_calls", OrderedJson::array()}};
+    json["message"] = std::move(message);
     json["logprobs"] = context_.logprobs < 0 ? OrderedJson(nullptr)
                                              : logprobs_json(choice.tokens, *context_.text);
-    json["finish_reason"] = finish_json(choice.finish);
+    json["finish_reason"] = finish_of(choice.finish, output);
+    if (context_.prompt_logprobs)
+      json["prompt_logprobs"] = prompt_logprobs_json(choice.prompt, *context_.text);
     return json;
   }
+
+  OrderedJson usage(const Usage& usage) const override {
+    OrderedJson json = usage_json(usage);
+    if (!context_.output.reasoning) return json;
+    int64_t tokens = reasoning_tokens_;
+    for (const ChatOutput& output : outputs_) tokens += output.reasoning_tokens();
+    json["completion_tokens_details"] = OrderedJson{{"reasoning_tokens", tokens}};
+    return json;
+  }
+
+ private:
+  static OrderedJson finish_of(engine::FinishReason reason, const ChatOutput& output) {
+    return output.any_call() && reason == engine::FinishReason::kStop ? OrderedJson("tool_calls")
+                                                                      : finish_json(reason);
+  }
+
+  std::vector<ChatOutput> outputs_;  // by choice, when streaming
+  int64_t reasoning_tokens_ = 0;     // when not
 };
 
 }  // namespace
@@ -240,12 +317,14 @@ ChatRequest parse_chat(std::string_view body, const ServiceOptions& options) {
   // The order of keys matters to a template that prints tools and calls as JSON.
   const OrderedJson ordered = OrderedJson::parse(body);
   const json* tools = fields.find("tools");
-  const std::vector<size_t> offered = offered_tools(fields, tools);
-  if (!offered.empty()) {
+  const Offer offer = offered_tools(fields, tools);
+  if (!offer.tools.empty()) {
     OrderedJson list = OrderedJson::array();
-    for (const size_t i : offered) list.push_back(ordered["tools"][i]);
-    out.chat.tools = dump(list);
+    for (const size_t i : offer.tools) list.push_back(ordered["tools"][i]);
+    out.wishes.tools = out.wishes.chat.tools = dump(list);
+    out.wishes.forced_call = offer.forced;
   }
+  out.wishes.parallel_calls = fields.boolean("parallel_tool_calls").value_or(true);
   OrderedJson texts = OrderedJson::array();
   int64_t units = 0;
   for (size_t i = 0; i < messages->size(); ++i)
@@ -253,17 +332,24 @@ ChatRequest parse_chat(std::string_view body, const ServiceOptions& options) {
   const int64_t most = options.max_request_mb * 1024 * 1024;
   if (units < 1 || units > most)
     throw Refused(fmt::format("Messages len not in (0, {}, but the length of inputs is {}", most, units));
-  out.chat.messages = dump(texts);
-  out.chat.kwargs = read_template_kwargs(fields, &out.ignored);
-
-  const json* chat_template = fields.find("chat_template");
-  if (chat_template != nullptr && !chat_template->is_string())
-    throw Refused("Parameter chat_template not string");
-  if (chat_template != nullptr)
-    throw Refused("Parameter chat_template is not valid: this server only uses the chat template of "
-                  "its model");
-  out.fields = read_sampling(fields, OpenAiDialect::kChat, options);
-  check_response_format(fields);
+  out.wishes.chat.messages = dump(texts);
+  read_template_kwargs(fields, &out.wishes);
+  if (const json* source = fields.find("chat_template")) {
+    if (!source->is_string()) throw Refused("Parameter chat_template not string");
+    out.wishes.chat.source = source->get<std::string>();
+    if (out.wishes.chat.source.empty() || out.wishes.chat.source.size() > kMaxTemplateBytes)
+      throw Refused("Parameter chat_template is not valid: expected 1 byte to 1 MB of template text");
+    if (out.wishes.chat.source.find("{") == std::string::npos)
+      throw Refused("Parameter chat_template is not valid: this server takes the text of a template, "
+                    "not the path of a file");
+  }
+  out.fields = read_sampling(fields, kChat, options, body);
+  if (out.wishes.forced_call && out.fields.grammar)
+    throw Refused("tool_choice asks for a call and response_format for another structure; only one of "
+                  "them can be");
+  if (out.wishes.forced_call && out.fields.beam_search)
+    throw Refused("use_beam_search cannot be combined with a tool_choice that forces a call");
+  out.ignored = out.fields.ignored;
   const auto unread = fields.unread();
   out.ignored.insert(out.ignored.end(), unread.begin(), unread.end());
   return out;

@@ -67,25 +67,29 @@ class CompletionAnswer final : public OpenAiAnswer {
     offsets_.resize(static_cast<size_t>(context_.choices));
     echoed_.resize(offsets_.size());
     for (size_t i = 0; i < offsets_.size(); ++i)
-      if (const std::string* prompt = echo_of(i)) offsets_[i] = characters(*prompt);
+      if (const std::string* prompt = echo_of(i); prompt != nullptr && context_.echo_ids.empty())
+        offsets_[i] = characters(*prompt);
   }
 
  protected:
   const char* object(bool) const override { return "text_completion"; }
   void open_choice(int) override {}
 
-  OrderedJson stream_choice(const Piece& piece) override {
+  std::vector<OrderedJson> stream_choices(const Piece& piece) override {
     const auto index = static_cast<size_t>(piece.choice);
     const std::string* echo = echoed_[index] ? nullptr : echo_of(index);
     echoed_[index] = true;
     OrderedJson json;
     json["index"] = piece.choice;
     json["text"] = echo != nullptr ? *echo + piece.text : piece.text;
-    json["logprobs"] = piece.tokens.empty() ? OrderedJson(nullptr)
-                                            : logprobs_json(piece.tokens, &offsets_[index]);
+    json["logprobs"] = nullptr;
+    if (context_.logprobs >= 0 && (!piece.tokens.empty() || !piece.prompt.empty()))
+      json["logprobs"] = logprobs_json(index, piece.prompt, piece.tokens, &offsets_[index]);
+    if (context_.prompt_logprobs && !piece.prompt.empty())
+      json["prompt_logprobs"] = prompt_logprobs_json(piece.prompt, *context_.text);
     json["stop_reason"] = stop_json(piece.stop_reason);
     json["finish_reason"] = finish_json(piece.finish);
-    return json;
+    return {std::move(json)};
   }
 
   OrderedJson whole_choice(int index, const Choice& choice) override {
@@ -93,9 +97,12 @@ class CompletionAnswer final : public OpenAiAnswer {
     OrderedJson json;
     json["index"] = index;
     json["text"] = echo != nullptr ? *echo + choice.text : choice.text;
-    size_t offset = echo != nullptr ? characters(*echo) : 0;
-    json["logprobs"] =
-        context_.logprobs < 0 ? OrderedJson(nullptr) : logprobs_json(choice.tokens, &offset);
+    size_t offset = echo != nullptr && context_.echo_ids.empty() ? characters(*echo) : 0;
+    json["logprobs"] = nullptr;
+    if (context_.logprobs >= 0)
+      json["logprobs"] = logprobs_json(static_cast<size_t>(index), choice.prompt, choice.tokens, &offset);
+    if (context_.prompt_logprobs)
+      json["prompt_logprobs"] = prompt_logprobs_json(choice.prompt, *context_.text);
     json["stop_reason"] = stop_json(choice.stop_reason);
     json["finish_reason"] = finish_json(choice.finish);
     return json;
@@ -119,25 +126,36 @@ class CompletionAnswer final : public OpenAiAnswer {
     return count;
   }
 
-  // `offset` counts characters of the text before the first token and is moved on.
-  OrderedJson logprobs_json(const std::vector<TokenPiece>& tokens, size_t* offset) const {
+  // `offset` counts characters of the text before the first token and is moved on. With echo the
+  // prompt's tokens come first; its first has no log-probability.
+  OrderedJson logprobs_json(size_t choice, const std::vector<engine::PromptLogprob>& prompt,
+                            const std::vector<TokenPiece>& tokens, size_t* offset) const {
     OrderedJson json;
     for (const char* key : {"text_offset", "token_logprobs", "tokens", "top_logprobs"})
       json[key] = OrderedJson::array();
-    for (const TokenPiece& token : tokens) {
-      const std::string text = context_.text->token_text(token.id);
+    const auto add = [&](int32_t id, const OrderedJson& logprob, const auto& tops) {
+      const std::string text = context_.text->token_text(id);
       json["text_offset"].push_back(*offset);
       *offset += characters(text);
-      json["token_logprobs"].push_back(token.logprob);
+      json["token_logprobs"].push_back(logprob);
       json["tokens"].push_back(text);
-      OrderedJson top = OrderedJson::object();
-      top[text] = token.logprob;
-      for (const TopToken& other : token.top) {
-        const std::string name = context_.text->token_text(other.id);
-        if (!top.contains(name)) top[name] = other.logprob;
+      OrderedJson top = nullptr;
+      if (!logprob.is_null()) top = OrderedJson{{text, logprob}};
+      for (const auto& [other, value] : tops) {
+        const std::string name = context_.text->token_text(other);
+        if (!top.contains(name)) top[name] = value;
       }
       json["top_logprobs"].push_back(std::move(top));
+    };
+    // In the stream the prompt comes with the first piece alone.
+    const size_t own = choice / static_cast<size_t>(context_.sequences);
+    const bool echoes = own < context_.echo_ids.size() &&
+                        (!prompt.empty() || (*offset == 0 && context_.echo_ids[own].size() == 1));
+    if (echoes) {
+      add(context_.echo_ids[own].front(), nullptr, std::vector<TopToken>());
+      for (const engine::PromptLogprob& token : prompt) add(token.token, token.logprob, token.top);
     }
+    for (const TokenPiece& token : tokens) add(token.id, token.logprob, token.top);
     return json;
   }
 
@@ -153,19 +171,18 @@ CompletionRequest parse_completion(std::string_view body, const ServiceOptions& 
   CompletionRequest out;
   check_model(fields, options, "Not found given model, please check modelName in config.file.");
   read_prompts(fields, options, &out);
-  out.fields = read_sampling(fields, OpenAiDialect::kCompletions, options);
+  out.fields = read_sampling(fields, kCompletions, options, body);
   const auto choices = static_cast<int64_t>(out.prompts.size()) * out.fields.sequences;
   if (choices > options.max_batch)
     throw Refused(fmt::format("The request asks for {} answers ({} prompts, {} each), more than "
                               "maxBatchSize {}",
                               choices, out.prompts.size(), out.fields.sequences, options.max_batch));
-  out.echo = fields.boolean("echo").value_or(false);
-  if (out.echo && out.fields.logprobs)
-    throw Refused("echo is not supported together with logprobs");
+  out.echo = out.fields.echo;
   if (const json* suffix = fields.find("suffix"); suffix != nullptr && *suffix != "")
     throw Refused("suffix is not supported by this endpoint");
-  check_response_format(fields);
-  out.ignored = fields.unread();
+  out.ignored = out.fields.ignored;
+  const auto unread = fields.unread();
+  out.ignored.insert(out.ignored.end(), unread.begin(), unread.end());
   return out;
 }
 

@@ -111,16 +111,50 @@ const std::vector<Case>& common_cases() {
       {{{"n", 2}},
        "best_of/n can not greater than 1 without using beam search when temperature is 0 or not set, "
        "but best_of is 2, n is 2."},
-      {{{"use_beam_search", true}}, "use_beam_search is not supported by this endpoint"},
+      {{{"use_beam_search", true}, {"max_tokens", 129}},
+       "Please set the max_tokens to be not larger than 128 when the use_beam_search is on."},
+      {{{"use_beam_search", true}, {"max_tokens", 5}, {"temperature", 1}},
+       "Parameter temperature must be 0 or unset when use_beam_search is on: beams are chosen by "
+       "probability, not drawn"},
+      {{{"logit_bias", {{"x", 1}}}},
+       "Parameter logit_bias has the key 'x', expected token ids from 0 to 499"},
+      {{{"logit_bias", {{"500", 1}}}},
+       "Parameter logit_bias has the key '500', expected token ids from 0 to 499"},
+      {{{"logit_bias", {{"5", 101}}}}, "Parameter logit_bias.5 must be in [-100.0, 100.0], got 101."},
+      {{{"logit_bias", {{"5", "a"}}}}, "logit_bias.5 must be float type."},
+      {{{"logit_bias", 1}}, "logit_bias must be object type."},
+      {{{"priority", 6}}, "Parameter priority must be in [1,5], got 6."},
+      {{{"timeout", 0}},
+       "Parameter timeout must be strictly positive and small than 65535 seconds, got 0."},
       {{{"stream", "yes"}}, "stream must be boolean type."},
       {{{"stream_options", true}}, "stream_options must be object type."},
+      {{{"stream_options", {{"include_usage", true}}}},
+       "Parameter stream_options needs stream to be true"},
       {{{"response_format", "json"}}, "Parameter response_format must be an object"},
       {{{"response_format", {{"a", 1}}}}, "Parameter response_format must contain 'type' field"},
       {{{"response_format", {{"type", 1}}}}, "Parameter response_format.type must be a string"},
       {{{"response_format", {{"type", "xml"}}}},
        "Parameter response_format.type must be 'json_object', 'json_schema' or 'text', got 'xml'"},
-      {{{"response_format", {{"type", "json_object"}}}},
-       "Parameter response_format.type 'json_object' is not supported by this server; only 'text' is"},
+      {{{"response_format", {{"type", "json_schema"}}}},
+       "Parameter response_format.json_schema is required when type is 'json_schema'"},
+      {{{"response_format", {{"type", "json_schema"}, {"json_schema", {{"schema", json::object()}}}}}},
+       "Parameter response_format.json_schema.name is required"},
+      {{{"response_format", {{"type", "json_schema"}, {"json_schema", {{"name", "x"}}}}}},
+       "Parameter response_format.json_schema.schema is required when type is 'json_schema'"},
+      {{{"response_format",
+         {{"type", "json_schema"}, {"json_schema", {{"name", "x"}, {"schema", {{"type", "text"}}}}}}}},
+       "Invalid json_schema: unsupported type 'text' at '$'"},
+      {{{"response_format",
+         {{"type", "json_schema"}, {"json_schema", {{"name", "x"}, {"schema", {{"properties", 1}}}}}}}},
+       "Invalid json_schema: 'properties' at '$' must be an object"},
+      {{{"guided_regex", ""}}, "Parameter guided_regex must not be empty"},
+      {{{"guided_choice", json::array()}}, "Parameter guided_choice must be a non-empty array of strings"},
+      {{{"guided_regex", "a"}, {"guided_choice", {"a"}}},
+       "Parameters guided_regex and guided_choice ask for two structures at once"},
+      {{{"structured_outputs", {{"json", json::object()}, {"regex", "a"}}}},
+       "Parameter structured_outputs asks for more than one structure"},
+      {{{"guided_regex", "a"}, {"ignore_eos", true}},
+       "ignore_eos cannot be combined with structured output, which decides where the text ends"},
   };
   return cases;
 }
@@ -213,7 +247,6 @@ TEST(OpenAi, RefusesWrongCompletions) {
        "The request asks for 17 answers (17 prompts, 1 each), more than maxBatchSize 16"},
       {{{"logprobs", 6}}, "logprobs should be in range [0, 5], got 6."},
       {{{"logprobs", true}}, "logprobs must be unsigned type."},
-      {{{"echo", true}, {"logprobs", 1}}, "echo is not supported together with logprobs"},
       {{{"suffix", "x"}}, "suffix is not supported by this endpoint"},
   };
   for (const Case& c : cases)
@@ -256,11 +289,11 @@ TEST(OpenAi, ReadsAChat) {
           "chat_template_kwargs":{"enable_thinking":false},"response_format":{"type":"text"},
           "user":"me","logit_bias":null,"metadata":{}})",
       options());
-  EXPECT_EQ(chat.chat.messages,
+  EXPECT_EQ(chat.wishes.chat.messages,
             R"([{"role":"system","content":"Be brief."},{"role":"user","content":"AB"}])");
-  EXPECT_EQ(chat.chat.tools,
+  EXPECT_EQ(chat.wishes.chat.tools,
             R"([{"type":"function","function":{"name":"f","description":"d","a":1}}])");
-  EXPECT_EQ(chat.chat.kwargs, R"({"enable_thinking":false})");
+  EXPECT_EQ(chat.wishes.chat.kwargs, R"({"enable_thinking":false})");
   EXPECT_EQ(chat.ignored, (std::vector<std::string>{"metadata", "user"}));
   const SamplingFields& f = chat.fields;
   EXPECT_EQ(f.sampling.max_tokens, 7);

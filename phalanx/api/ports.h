@@ -12,6 +12,7 @@
 
 #include "phalanx/api/http_server.h"
 #include "phalanx/engine/engine.h"
+#include "phalanx/text/grammar.h"
 
 // What this room asks of the rooms below it, narrow enough to be played by a test.
 namespace phalanx::api {
@@ -39,6 +40,7 @@ struct ChatText {
   std::string messages;  // JSON array
   std::string tools;     // JSON array, or empty
   std::string kwargs;    // JSON object, or empty
+  std::string source;    // a template instead of the model's own, or empty
 };
 
 // Const methods from any thread.
@@ -53,6 +55,9 @@ class TextPort {
   [[nodiscard]] virtual bool has_chat_template() const = 0;
   // Throws Error(kInvalidArgument) with what the template says.
   [[nodiscard]] virtual std::string render_chat(const ChatText& chat) const = 0;
+  // Throws Error(kInvalidArgument) with what is wrong with the grammar.
+  [[nodiscard]] virtual std::unique_ptr<text::GrammarWalker> compile(
+      const text::GrammarSpec& spec) const = 0;
 };
 
 // The server's work threads, for as long as there is a server.

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <random>
 
 #include "phalanx/api/refusal.h"
+#include "phalanx/api/structure_fields.h"
 
 namespace phalanx::api {
 namespace {
@@ -14,104 +16,96 @@ namespace {
 using nlohmann::json;
 
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
-constexpr int64_t kInt64Max = std::numeric_limits<int64_t>::max();
 constexpr int64_t kStopUnits = 32768;
+constexpr int64_t kTgiStopUnits = 1024;
 constexpr int64_t kStopItemUnits = 1024;
+constexpr size_t kTgiStops = 1024;
 constexpr int32_t kTopKCap = 1000;
+constexpr int64_t kMaxNewTokens = 20;  // where max_new_tokens is not given
+constexpr int64_t kBeamTokens = 128;
+constexpr size_t kMaxBiases = 1024;
+constexpr unsigned kLikeVllm = kChat | kCompletions | kVllm;
+constexpr unsigned kLikeTgi = kTgi | kNative | kTritonText | kTritonTokens;
 
-void read_max_tokens(Fields& fields, const ServiceOptions& options, engine::SamplingParams* out) {
-  int64_t max_tokens = options.max_output_tokens;
+void read_max_tokens(const FieldValues& values, Interface interface, const ServiceOptions& options,
+                     engine::SamplingParams* out) {
+  int64_t max_tokens = (interface & kLikeTgi) != 0 ? kMaxNewTokens : options.max_output_tokens;
   // The newer name wins, as at OpenAI.
-  for (const char* key : {"max_tokens", "max_completion_tokens"}) {
-    const std::string type = fmt::format("Parameter {} not number_integer", key);
-    const std::string range = fmt::format("Parameter {} must be (0,2147483647], got ", key);
-    if (const auto value = fields.integer(
-            key, {.low = 1, .high = kInt32Max, .before = range, .type_message = type}))
-      max_tokens = *value;
-  }
+  for (const char* key : {"max_tokens", "max_completion_tokens", "max_new_tokens", "max_output_tokens"})
+    max_tokens = values.integer(key).value_or(max_tokens);
   out->max_tokens = static_cast<int32_t>(std::min(max_tokens, options.max_output_tokens));
-  const std::string range = fmt::format("Parameter min_tokens must be in [0,{}], got ",
-                                        out->max_tokens);
-  out->min_tokens = static_cast<int32_t>(
-      fields.integer("min_tokens", {.low = 0, .high = out->max_tokens, .before = range, .after = "."})
-          .value_or(0));
+  const int64_t least = values.integer("min_tokens").value_or(0);
+  if (least > out->max_tokens)
+    throw Refused(fmt::format("Parameter min_tokens must be in [0,{}], got {}.", out->max_tokens, least));
+  out->min_tokens = static_cast<int32_t>(least);
 }
 
-// Says whether temperature makes the choice greedy.
-void read_distribution(Fields& fields, const ServiceOptions& options, engine::SamplingParams* out) {
+void read_distribution(const FieldValues& values, const ServiceOptions& options,
+                       engine::SamplingParams* out) {
   const GenerationDefaults& defaults = options.defaults;
-  const auto temperature = fields.number_where(
-      "temperature",
-      [](double v) { return v >= 0 && v <= std::numeric_limits<float>::max(); },
-      "Parameter temperature must be in (0.0,3.40282e+38], got ");
-  const auto top_k = fields.integer(
-      "top_k", {.low = -1, .high = kInt32Max,
-                .before = "Parameter top_k must be in -1 || (0,2147483647], got "});
-  if (top_k == 0) throw Refused("Parameter top_k must be in -1 || (0,2147483647], got 0");
-  const auto top_p = fields.number_where("top_p", [](double v) { return v > 0 && v <= 1; },
-                                         "Parameter top_p must be in (0.0,1.0], got ");
-  const auto min_p = fields.number_where("min_p", [](double v) { return v >= 0 && v <= 1; },
-                                         "Parameter min_p must be in [0.0,1.0], got ");
-  const auto repetition = fields.number_where(
-      "repetition_penalty", [](double v) { return v > 0 && v <= 2; },
-      "Parameter 'repetition_penalty' must be in (0.0, 2.0], got ");
-  const auto presence = fields.number_where(
-      "presence_penalty", [](double v) { return v >= -2 && v <= 2; },
-      "Parameter presence_penalty not in [-2.0, 2.0], but got ");
-  const auto frequency = fields.number_where(
-      "frequency_penalty", [](double v) { return v >= -2 && v <= 2; },
-      "Parameter frequency_penalty should be in [-2.0, 2.0], got ");
-  const auto seed = fields.integer(
-      "seed", {.low = 0, .high = kInt64Max, .type = "unsigned",
-               .before = "Parameter seed must be in [0, 9223372036854775807], got ", .after = "."});
-
   // Unset: the model's own temperature, and greedy where it has none.
+  const auto temperature = values.number("temperature");
   out->temperature = temperature ? static_cast<float>(*temperature)
                      : defaults.do_sample ? defaults.temperature.value_or(0.0f)
                                           : 0.0f;
-  out->top_p = top_p ? static_cast<float>(*top_p) : defaults.top_p.value_or(1.0f);
-  out->min_p = static_cast<float>(min_p.value_or(0));
-  out->repetition_penalty =
-      repetition ? static_cast<float>(*repetition) : defaults.repetition_penalty.value_or(1.0f);
-  out->presence_penalty = static_cast<float>(presence.value_or(0));
-  out->frequency_penalty = static_cast<float>(frequency.value_or(0));
-  if (seed) out->seed = static_cast<uint64_t>(*seed);
+  // TGI's do_sample: false is greedy whatever else is said, true samples at temperature 1 if none is
+  // known.
+  const auto do_sample = values.boolean("do_sample");
+  if (do_sample == false) out->temperature = 0;
+  if (do_sample == true && !temperature) out->temperature = defaults.temperature.value_or(1.0f);
+  out->top_p = static_cast<float>(values.number("top_p").value_or(defaults.top_p.value_or(1.0f)));
+  out->min_p = static_cast<float>(values.number("min_p").value_or(0));
+  out->repetition_penalty = static_cast<float>(
+      values.number("repetition_penalty").value_or(defaults.repetition_penalty.value_or(1.0f)));
+  out->presence_penalty = static_cast<float>(values.number("presence_penalty").value_or(0));
+  out->frequency_penalty = static_cast<float>(values.number("frequency_penalty").value_or(0));
+  if (const auto seed = values.integer("seed")) out->seed = static_cast<uint64_t>(*seed);
 
   const bool model_caps = defaults.top_k && *defaults.top_k > 0;
   int64_t cap = model_caps ? *defaults.top_k : kTopKCap;
   if (options.vocab_size > 0) cap = std::min(cap, options.vocab_size);
+  const auto top_k = values.integer("top_k");
   if (top_k)
-    out->top_k = *top_k < 0 ? -1 : static_cast<int32_t>(std::min(*top_k, cap));
+    out->top_k = *top_k <= 0 ? -1 : static_cast<int32_t>(std::min(*top_k, cap));
   else
     out->top_k = model_caps ? static_cast<int32_t>(cap) : -1;
 }
 
-void read_stops(Fields& fields, SamplingFields* out) {
+void read_stop_strings(Fields& fields, const char* key, bool tgi, SamplingFields* out) {
   constexpr const char* kList =
       "Input validation error: `stop` must be list[string] if list, and item length in [1, 1024] with "
       "total <= 32768";
-  const json* stop = fields.find("stop");
-  if (stop != nullptr && stop->is_string()) {
+  const json* stop = fields.find(key);
+  if (stop == nullptr) return;
+  if (stop->is_string()) {
     const auto& text = stop->get_ref<const std::string&>();
     const int64_t units = utf16_units(text);
-    if (units < 1 || units > kStopUnits)
+    const int64_t most = tgi ? kTgiStopUnits : kStopUnits;
+    if (units < 1 || units > most)
       throw Refused(fmt::format(
-          "Input validation error: length of `stop` must be in [1, {}], but got {}", kStopUnits, units));
+          "Input validation error: length of `stop` must be in [1, {}], but got {}", most, units));
     out->stops.push_back(text);
-  } else if (stop != nullptr && stop->is_array()) {
-    int64_t total = 0;
-    for (const auto& item : *stop) {
-      if (!item.is_string()) throw Refused(kList);
-      const auto& text = item.get_ref<const std::string&>();
-      const int64_t units = utf16_units(text);
-      total += units;
-      if (units < 1 || units > kStopItemUnits || total > kStopUnits) throw Refused(kList);
-      out->stops.push_back(text);
-    }
-  } else if (stop != nullptr) {
-    throw Refused("Input validation error: param stop must be string or list[string]");
+    return;
   }
+  if (!stop->is_array())
+    throw Refused("Input validation error: param stop must be string or list[string]");
+  if (tgi && stop->size() > kTgiStops) throw Refused(kList);
+  int64_t total = 0;
+  for (const auto& item : *stop) {
+    if (!item.is_string()) throw Refused(kList);
+    const auto& text = item.get_ref<const std::string&>();
+    const int64_t units = utf16_units(text);
+    total += units;
+    if (units < 1 || units > kStopItemUnits || total > kStopUnits) throw Refused(kList);
+    out->stops.push_back(text);
+  }
+}
 
+void read_stops(Fields& fields, Interface interface, const FieldValues& values, SamplingFields* out) {
+  if (interface == kMessages) return read_stop_strings(fields, "stop_sequences", false, out);
+  if ((interface & (kLikeVllm | kTgi)) == 0) return;
+  read_stop_strings(fields, "stop", interface == kTgi, out);
+  if (interface == kTgi) return;
   const json* ids = fields.find("stop_token_ids");
   if (ids != nullptr) {
     if (!ids->is_array()) throw Refused("Parameter stop_token_ids not array");
@@ -124,21 +118,34 @@ void read_stops(Fields& fields, SamplingFields* out) {
         out->sampling.stop_token_ids.push_back(static_cast<int32_t>(value));
     }
   }
-  if (stop != nullptr || ids != nullptr)
-    out->include_stop = fields.boolean("include_stop_str_in_output").value_or(false);
-  else
-    (void)fields.find("include_stop_str_in_output");
+  if (!out->stops.empty() || ids != nullptr)
+    out->include_stop = values.boolean("include_stop_str_in_output").value_or(false);
 }
 
-void read_sequences(Fields& fields, const ServiceOptions& options, SamplingFields* out) {
-  const auto n = fields.integer("n", {.low = 1, .high = 8192, .type = "unsigned",
-                                      .before = "Parameter [n] should be in [1, 8192], got ",
-                                      .after = ". "});
-  const auto best_of = fields.integer(
-      "best_of", {.low = 1, .high = 128, .type = "unsigned",
-                  .before = "Parameter [best_of] should be in [1, 128], got ", .after = "."});
-  if (fields.boolean("use_beam_search").value_or(false))
-    throw Refused("use_beam_search is not supported by this endpoint");
+void read_beams(const FieldValues& values, const ServiceOptions& options, Interface interface,
+                SamplingFields* out) {
+  if (interface == kVllm) throw Refused("use_beam_search is not supported by this endpoint");
+  out->beam_search = true;
+  out->length_penalty = values.number("length_penalty").value_or(1);
+  const auto max_tokens = values.integer("max_completion_tokens");
+  if (max_tokens.value_or(values.integer("max_tokens").value_or(options.max_output_tokens)) > kBeamTokens)
+    throw Refused("Please set the max_tokens to be not larger than 128 when the use_beam_search is on.");
+  if (out->sampling.temperature != 0 && values.number("temperature"))
+    throw Refused("Parameter temperature must be 0 or unset when use_beam_search is on: beams are "
+                  "chosen by probability, not drawn");
+  out->sampling.temperature = 0;
+  for (const char* name : {"repetition_penalty", "presence_penalty", "frequency_penalty", "min_p"}) {
+    const auto value = values.number(name);
+    if (value && *value != (std::string_view(name) == "repetition_penalty" ? 1.0 : 0.0))
+      throw Refused(fmt::format("use_beam_search cannot be combined with {}", name));
+  }
+  out->sampling.repetition_penalty = 1;
+}
+
+void read_sequences(const FieldValues& values, const ServiceOptions& options, Interface interface,
+                    SamplingFields* out) {
+  const auto n = values.integer("n");
+  const auto best_of = values.integer("best_of");
   const std::pair<const char*, int64_t> limits[] = {{"max_batch_size", options.max_batch},
                                                     {"maxPrefillBatchSize", options.max_prefill_batch},
                                                     {"maxN", options.max_n}};
@@ -147,13 +154,24 @@ void read_sequences(Fields& fields, const ServiceOptions& options, SamplingField
       throw Refused(fmt::format("The n parameter ({}) exceeds '{}' ({}). Please reduce n or increase "
                                 "'{}' in config.json of mindie-service.",
                                 *n, name, limit, name));
+    if (best_of.value_or(1) > limit)
+      throw Refused(fmt::format("The best_of parameter ({}) exceeds '{}' ({}). Please reduce best_of or "
+                                "increase '{}' in config.json of mindie-service.",
+                                *best_of, name, limit, name));
   }
-  if (best_of && out->stream && *best_of != n.value_or(1))
+  if (best_of && out->stream && interface != kVllm && *best_of != n.value_or(1))
     throw Refused(fmt::format("best_of must be equal to n in stream mode, but best_of is {}, n is {}.",
                               *best_of, n ? std::to_string(*n) : "None"));
-  if (best_of && !out->stream && *best_of < n.value_or(1))
+  if (best_of && *best_of < n.value_or(1))
     throw Refused(fmt::format("best_of must be greater than or equal to n, but best_of is {}, n is {}.",
                               *best_of, n.value_or(1)));
+  if (values.boolean("use_beam_search").value_or(false)) {
+    read_beams(values, options, interface, out);
+    out->sequences = static_cast<int>(n.value_or(1));
+    out->beam_width = static_cast<int>(best_of.value_or(n.value_or(1)));
+    return;
+  }
+  if (values.number("length_penalty")) out->ignored.push_back("length_penalty");
   out->sequences = static_cast<int>(best_of.value_or(n.value_or(1)));
   if (out->sequences > 1 && out->sampling.temperature == 0)
     throw Refused(fmt::format("best_of/n can not greater than 1 without using beam search when "
@@ -161,49 +179,114 @@ void read_sequences(Fields& fields, const ServiceOptions& options, SamplingField
                               out->sequences, n.value_or(1)));
 }
 
-void read_logprobs(Fields& fields, OpenAiDialect dialect, SamplingFields* out) {
-  if (dialect == OpenAiDialect::kCompletions) {
-    const auto count = fields.integer("logprobs", {.low = 0, .high = 5, .type = "unsigned",
-                                                   .before = "logprobs should be in range [0, 5], got ",
-                                                   .after = "."});
+void read_logprobs(const FieldValues& values, Interface interface, SamplingFields* out) {
+  if (interface == kCompletions) {
+    const auto count = values.integer("logprobs");
     out->logprobs = count.has_value();
     out->sampling.logprobs = static_cast<int32_t>(count.value_or(-1));
-    return;
+  } else if (interface == kChat) {
+    const auto wanted = values.boolean("logprobs");
+    const auto top = values.integer("top_logprobs");
+    if (top && wanted && !*wanted)
+      throw Refused(
+          "Value error, when using top_logprobs, logprobs must be true or null in chat completions");
+    out->logprobs = wanted.value_or(top.has_value());
+    out->sampling.logprobs = out->logprobs ? static_cast<int32_t>(top.value_or(0)) : -1;
   }
-  const auto wanted = fields.boolean("logprobs");
-  const auto top = fields.integer(
-      "top_logprobs", {.low = 0, .high = 20, .type = "unsigned",
-                       .before = "Parameter top logprobs must be in [0, 20], got ", .after = "."});
-  if (top && wanted && !*wanted)
-    throw Refused(
-        "Value error, when using top_logprobs, logprobs must be true or null in chat completions");
-  out->logprobs = wanted.value_or(top.has_value());
-  out->sampling.logprobs = out->logprobs ? static_cast<int32_t>(top.value_or(0)) : -1;
+  out->sampling.prompt_logprobs = static_cast<int32_t>(values.integer("prompt_logprobs").value_or(-1));
 }
 
-void read_stream(Fields& fields, SamplingFields* out) {
-  const json* stream = fields.find("stream");
-  if (stream != nullptr && !stream->is_boolean()) throw Refused("stream must be boolean type.");
-  out->stream = stream != nullptr && stream->get<bool>();
+void read_stream_options(Fields& fields, SamplingFields* out) {
   const json* options = fields.find("stream_options");
   if (options == nullptr) return;
   if (!options->is_object()) throw Refused("stream_options must be object type.");
+  if (!out->stream) throw Refused("Parameter stream_options needs stream to be true");
   Fields inner(*options);
   out->include_usage = inner.boolean("include_usage").value_or(false);
+  out->continuous_usage = inner.boolean("continuous_usage_stats").value_or(false);
+  for (const std::string& name : inner.unread()) out->ignored.push_back("stream_options." + name);
+}
+
+void read_logit_bias(Fields& fields, const ServiceOptions& options, engine::SamplingParams* out) {
+  const json* bias = fields.find("logit_bias");
+  if (bias == nullptr) return;
+  if (!bias->is_object()) throw Refused("logit_bias must be object type.");
+  if (bias->size() > kMaxBiases)
+    throw Refused(fmt::format("Parameter logit_bias has {} entries, at most {} are allowed", bias->size(),
+                              kMaxBiases));
+  for (const auto& [key, value] : bias->items()) {
+    const bool digits = !key.empty() && key.size() <= 10 &&
+                        std::all_of(key.begin(), key.end(), [](char c) { return c >= '0' && c <= '9'; });
+    const int64_t id = digits ? std::stoll(key) : -1;
+    if (id < 0 || id > kInt32Max || (options.vocab_size > 0 && id >= options.vocab_size))
+      throw Refused(fmt::format("Parameter logit_bias has the key '{}', expected token ids from 0 to {}",
+                                key.substr(0, 32), options.vocab_size - 1));
+    if (!value.is_number()) throw Refused(fmt::format("logit_bias.{} must be float type.", key));
+    const auto number = value.get<double>();
+    if (!(number >= -100 && number <= 100))
+      throw Refused(fmt::format("Parameter logit_bias.{} must be in [-100.0, 100.0], got {}.", key,
+                                value.dump()));
+    out->logit_bias.emplace_back(static_cast<int32_t>(id), static_cast<float>(number));
+  }
+}
+
+void name_without_effect(const FieldValues& values, SamplingFields* out) {
+  for (const char* name : {"watermark", "perf_stat"})
+    if (values.boolean(name).value_or(false)) out->ignored.emplace_back(name);
+  if (values.integer("batch_size")) out->ignored.emplace_back("batch_size");
+  if (values.number("typical_p").value_or(1) < 1) out->ignored.emplace_back("typical_p");
+}
+
+void check_adapter(const FieldValues& values, const ServiceOptions& options) {
+  const auto adapter = values.string("adapter_id");
+  if (!adapter || *adapter == options.model_name || *adapter == "None") return;
+  const bool fits = !adapter->empty() && adapter->size() <= 256 &&
+                    std::all_of(adapter->begin(), adapter->end(), [](char c) {
+                      return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_' || c == '.' ||
+                             c == '/' || c == '-';
+                    });
+  if (!fits) throw Refused("The format of adapter_id is invalid.");
+  throw Refused(not_found(fmt::format("Adapter {} not found.", *adapter)));
 }
 
 }  // namespace
 
-SamplingFields read_sampling(Fields& fields, OpenAiDialect dialect, const ServiceOptions& options) {
+SamplingFields read_sampling(Fields& fields, Interface interface, const ServiceOptions& options,
+                             std::string_view body, bool stream) {
   SamplingFields out;
-  read_max_tokens(fields, options, &out.sampling);
-  read_distribution(fields, options, &out.sampling);
-  read_stream(fields, &out);
-  read_stops(fields, &out);
-  out.skip_special = fields.boolean("skip_special_tokens").value_or(true);
-  out.ignore_eos = fields.boolean("ignore_eos").value_or(false);
-  read_sequences(fields, options, &out);
-  read_logprobs(fields, dialect, &out);
+  const FieldValues values = FieldValues::read(fields, interface);
+  out.stream = values.boolean("stream").value_or(stream);
+  read_max_tokens(values, interface, options, &out.sampling);
+  read_distribution(values, options, &out.sampling);
+  read_stops(fields, interface, values, &out);
+  out.skip_special = values.boolean("skip_special_tokens").value_or(true);
+  out.ignore_eos = values.boolean("ignore_eos").value_or(false);
+  read_sequences(values, options, interface, &out);
+  read_logprobs(values, interface, &out);
+  out.priority = static_cast<int32_t>(values.integer("priority").value_or(5));
+  if (const auto timeout = values.integer("timeout")) out.timeout_s = static_cast<double>(*timeout);
+  out.echo = values.boolean("echo").value_or(false);
+  out.details = values.boolean("details").value_or(false);
+  out.decoder_input_details = values.boolean("decoder_input_details").value_or(false);
+  out.return_full_text = values.boolean("return_full_text").value_or(false);
+  out.truncate = values.integer("truncate");
+  if (out.decoder_input_details && out.stream)
+    throw Refused("The decoder_input_details must not be true when stream is true.");
+  if ((interface & (kChat | kCompletions)) != 0) read_stream_options(fields, &out);
+  if ((interface & kLikeVllm) != 0) {
+    read_logit_bias(fields, options, &out.sampling);
+    out.grammar = read_structure(fields, body);
+  }
+  if (interface == kTgi) out.grammar = read_tgi_grammar(fields, body);
+  if (out.beam_search && !out.sampling.logit_bias.empty())
+    throw Refused("use_beam_search cannot be combined with logit_bias");
+  if (out.grammar && out.beam_search)
+    throw Refused("use_beam_search cannot be combined with structured output");
+  if (out.grammar && out.ignore_eos)
+    throw Refused("ignore_eos cannot be combined with structured output, which decides where the text "
+                  "ends");
+  check_adapter(values, options);
+  name_without_effect(values, &out);
   return out;
 }
 
@@ -214,24 +297,6 @@ void check_model(Fields& fields, const ServiceOptions& options, const std::strin
   const auto& name = model->get_ref<const std::string&>();
   if (name.empty()) throw Refused("Request param model must be not empty");
   if (name != options.model_name) throw Refused(unknown);
-}
-
-void check_response_format(Fields& fields) {
-  const json* format = fields.find("response_format");
-  if (format == nullptr) return;
-  if (!format->is_object()) throw Refused("Parameter response_format must be an object");
-  const auto type = format->find("type");
-  if (type == format->end()) throw Refused("Parameter response_format must contain 'type' field");
-  if (!type->is_string()) throw Refused("Parameter response_format.type must be a string");
-  const auto& name = type->get_ref<const std::string&>();
-  if (name == "text") return;
-  if (name == "json_object" || name == "json_schema")
-    throw Refused(fmt::format("Parameter response_format.type '{}' is not supported by this server; "
-                              "only 'text' is",
-                              name));
-  throw Refused(fmt::format("Parameter response_format.type must be 'json_object', 'json_schema' or "
-                            "'text', got '{}'",
-                            name));
 }
 
 }  // namespace phalanx::api

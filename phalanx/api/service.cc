@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <shared_mutex>
+#include <span>
 #include <string_view>
 
 #include "phalanx/api/core.h"
@@ -59,8 +60,15 @@ class RealStream final : public TokenStream {
 class RealText final : public TextPort {
  public:
   RealText(std::shared_ptr<const text::Tokenizer> tokenizer,
-           std::shared_ptr<const text::ChatTemplate> chat_template)
-      : tokenizer_(std::move(tokenizer)), template_(std::move(chat_template)) {}
+           std::shared_ptr<const text::ChatTemplate> chat_template, int64_t vocab,
+           std::span<const int32_t> end_tokens)
+      : tokenizer_(std::move(tokenizer)), template_(std::move(chat_template)) {
+    try {
+      grammars_ = std::make_unique<text::Grammars>(*tokenizer_, vocab, end_tokens);
+    } catch (const Error& error) {
+      no_grammars_ = error.what();
+    }
+  }
   std::vector<int32_t> encode(std::string_view text, bool add_special) const override {
     return tokenizer_->encode(text, add_special);
   }
@@ -74,17 +82,25 @@ class RealText final : public TextPort {
   }
   bool has_chat_template() const override { return template_ && !template_->empty(); }
   std::string render_chat(const ChatText& chat) const override {
-    return template_->render({.messages_json = chat.messages,
+    const std::shared_ptr<const text::ChatTemplate> own =
+        chat.source.empty() ? nullptr : template_->with_source(chat.source, "chat_template of the request");
+    return (own ? *own : *template_).render({.messages_json = chat.messages,
                               .tools_json = chat.tools,
                               .documents_json = {},
                               .add_generation_prompt = true,
                               .extra_json = chat.kwargs,
                               .now = std::nullopt});
   }
+  std::unique_ptr<text::GrammarWalker> compile(const text::GrammarSpec& spec) const override {
+    if (!grammars_) throw Error(Code::kInvalidArgument, no_grammars_);
+    return grammars_->compile(spec);
+  }
 
  private:
   std::shared_ptr<const text::Tokenizer> tokenizer_;
   std::shared_ptr<const text::ChatTemplate> template_;
+  std::unique_ptr<const text::Grammars> grammars_;
+  std::string no_grammars_;  // why there are none
 };
 
 bool monitor_wanted() {
@@ -105,9 +121,10 @@ Service::Service(ServiceOptions options, engine::Engine& engine,
                  std::function<InstanceHealth()> health, std::function<std::string()> status_json,
                  std::function<void()> stop)
     : state_(new State{std::make_shared<RealEngine>(engine), nullptr}) {
+  auto text = std::make_shared<RealText>(std::move(tokenizer), std::move(chat_template),
+                                         options.vocab_size, options.defaults.eos_token_ids);
   state_->core = std::make_shared<Core>(
-      std::move(options), state_->engine,
-      std::make_shared<RealText>(std::move(tokenizer), std::move(chat_template)), std::move(health),
+      std::move(options), state_->engine, std::move(text), std::move(health),
       std::move(status_json), std::move(stop), monitor_wanted());
 }
 

@@ -40,6 +40,11 @@ struct ServiceOptions {
   int truncation = 0;                       // -1 right, 0 refuse, 1 left
   double token_timeout_s = 600, e2e_timeout_s = 600;
   GenerationDefaults defaults;
+  std::string model_type;                   // of config.json
+  std::string call_format;                  // models.<type>.tool_call_parser; empty: the family's own
+  bool enable_reasoning = false;            // models.<type>.enable_reasoning
+  std::optional<bool> thinks;               // enable_thinking of tokenizer_config.json
+  bool full_text = false;                   // fullTextEnabled
 };
 
 // State of the whole instance as the health routes tell it.

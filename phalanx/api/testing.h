@@ -42,7 +42,13 @@ class ByteText final : public TextPort {
   }
   bool has_chat_template() const override { return template_; }
   std::string render_chat(const ChatText& chat) const override {
-    return chat.messages + chat.tools + chat.kwargs;
+    return chat.messages + chat.tools + chat.kwargs + chat.source;
+  }
+  // Allows the bytes of the spec's text, one after the other, then the end token.
+  std::unique_ptr<text::GrammarWalker> compile(const text::GrammarSpec& spec) const override {
+    if (spec.text.find("impossible") != std::string::npos)
+      throw Error(Code::kInvalidArgument, "the grammar is impossible");
+    return std::make_unique<Walker>(spec.text);
   }
 
  private:
@@ -62,6 +68,24 @@ class ByteText final : public TextPort {
    private:
     bool skip_;
     std::string held_;
+  };
+  class Walker final : public text::GrammarWalker {
+   public:
+    explicit Walker(std::string text) : text_(std::move(text)) {}
+    void mask(std::span<uint32_t> out) override {
+      std::fill(out.begin(), out.end(), 0u);
+      const size_t id = at_ < text_.size() ? static_cast<unsigned char>(text_[at_]) : kEos;
+      out[id / 32] |= 1u << (id % 32);
+    }
+    void accept(int32_t) override { ++at_; }
+    bool ended() const override { return at_ >= text_.size(); }
+    std::unique_ptr<text::GrammarWalker> clone() const override {
+      return std::make_unique<Walker>(*this);
+    }
+
+   private:
+    std::string text_;
+    size_t at_ = 0;
   };
   bool template_;
 };

@@ -41,7 +41,7 @@ struct SamplingParams {
   int32_t min_tokens = 0;
   std::vector<int32_t> stop_token_ids;  // with the model's EOS ids already added unless ignore_eos
   int32_t logprobs = -1;             // -1: none; n: the chosen token's and the n best
-  int32_t prompt_logprobs = -1;      // reserved for echo; -1: none
+  int32_t prompt_logprobs = -1;      // -1: none; n: of every prompt token, and the n best there
   std::vector<std::pair<int32_t, float>> logit_bias;  // added to the logits of these ids; each id once
   std::shared_ptr<TokenGuide> guide;  // of this sequence alone; null: any token may come
 };
@@ -60,6 +60,14 @@ struct TokenLogprob {
   float logprob = 0;
 };
 
+// What the model thought of one token of the prompt, given those before it.
+struct PromptLogprob {
+  int32_t token = 0;
+  float logprob = 0;
+  int32_t rank = 1;                   // 1: the most probable
+  std::vector<TokenLogprob> top;      // best first
+};
+
 // One accepted token, or the end of a request.
 struct GenerateEvent {
   int32_t token = -1;                 // -1: the event carries no token
@@ -68,6 +76,8 @@ struct GenerateEvent {
   FinishReason finish = FinishReason::kNone;
   int32_t stop_token = -1;            // with kStop: which id stopped it (also in `token`)
   std::optional<Error> error;         // with kError
+  std::vector<PromptLogprob> prompt;  // with the first token, if asked for: of all but the first of the
+                                      // prompt
   int32_t prompt_tokens = 0;          // usage so far
   int32_t output_tokens = 0;
   int32_t cached_tokens = 0;
