@@ -8,7 +8,7 @@
 namespace phalanx::layers {
 
 // The paged K and V of all layers on this rank. Each layer is two tensors
-// [block][kv_head][block_size][head_dim]. Untouched blocks take no memory.
+// [block][kv_head][block_size * head_dim] (ops/kv_layout.h). Untouched blocks take no memory.
 class KvCache {
  public:
   struct Shape {

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "phalanx/base/sanitizer.h"
+#include "phalanx/ops/kv_layout.h"
 #include "phalanx/ops/ref/ref.h"
 #include "phalanx/ops/test_data.h"
 
@@ -23,15 +24,17 @@ struct Case {
     int64_t window = 0;
     DType act = DType::kBF16;
     DType kv = DType::kBF16;
+    bool dynamic = false;  // scales of int8
+    bool offsets = false;
     std::vector<int32_t> contexts;
   };
 
   explicit Case(const Shape& s)
       : shape(s),
         total(std::accumulate(s.contexts.begin(), s.contexts.end(), int64_t{0})),
-        qkv(random_matrix(s.act, total, s.q_heads * s.head_dim, 1, 2.0f, s.q_heads * s.head_dim + 8)),
-        k(s.kv, 0, 0),
-        v(s.kv, 0, 0) {
+        qkv(random_matrix(s.act, total, s.q_heads * s.head_dim, 1, 2.0f,
+                          s.q_heads * s.head_dim + 8)),
+        layer{.dtype = s.kv, .block_size = s.block_size, .head_dim = s.head_dim} {
     attention_shape = {.q_heads = s.q_heads,
                        .q_head_begin = s.q_head_begin,
                        .group = s.group,
@@ -39,13 +42,43 @@ struct Case {
                        .head_dim = s.head_dim,
                        .scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim)),
                        .window = s.window};
-    const int64_t kv_heads =
-        (s.q_head_begin + s.q_heads - 1) / s.group - attention_shape.kv_head_begin + 1;
-    int64_t blocks = 1;
-    for (const int32_t c : s.contexts) blocks += (c + s.block_size - 1) / s.block_size;
-    k = random_matrix(s.kv, blocks * kv_heads * s.block_size, s.head_dim, 2, 2.0f);
-    v = random_matrix(s.kv, blocks * kv_heads * s.block_size, s.head_dim, 3, 1.0f);
-    std::vector<int32_t> ids(static_cast<size_t>(blocks));
+    layer.kv_heads = (s.q_head_begin + s.q_heads - 1) / s.group - attention_shape.kv_head_begin + 1;
+    layer.blocks = 1;
+    for (const int32_t c : s.contexts) layer.blocks += (c + s.block_size - 1) / s.block_size;
+    const int64_t positions = layer.blocks * layer.kv_heads * s.block_size;
+    const int64_t channels = layer.kv_heads * s.head_dim;
+    for (Aligned* memory : {&k, &v})
+      *memory = Aligned(positions * s.head_dim * static_cast<int64_t>(tensor::dtype_bytes(s.kv)));
+    layer.k = k.data();
+    layer.v = v.data();
+    if (s.kv == DType::kI8 && s.dynamic) {
+      row_scales = random_matrix(DType::kF32, 2, positions, 5, 0.01f);
+      layer.k_row_scale = row_scales.view().row<float>(0);
+      layer.v_row_scale = row_scales.view().row<float>(1);
+    } else if (s.kv == DType::kI8) {
+      channel_scales = random_matrix(DType::kF32, 4, channels, 6, 0.01f);
+      for (int64_t i = 0; i < channels; ++i)
+        for (int64_t r = 0; r < 2; ++r) {
+          channel_scales.set(r, i, std::fabs(channel_scales.get(r, i)) + 0.005f);
+          channel_scales.set(2 + r, i, 1000 * channel_scales.get(2 + r, i));
+        }
+      layer.k_scale = channel_scales.view().row<float>(0);
+      layer.v_scale = channel_scales.view().row<float>(1);
+      if (s.offsets) {
+        layer.k_offset = channel_scales.view().row<float>(2);
+        layer.v_offset = channel_scales.view().row<float>(3);
+      }
+    }
+    std::mt19937 random(2);
+    auto any = [&] { return static_cast<float>(random() % 4001) / 1000.0f - 2.0f; };
+    for (int64_t b = 0; b < layer.blocks; ++b)
+      for (int64_t h = 0; h < layer.kv_heads; ++h)
+        for (int64_t j = 0; j < s.block_size; ++j)
+          for (int64_t i = 0; i < s.head_dim; ++i) {
+            set(true, b, h, j, i, any());
+            set(false, b, h, j, i, any() / 2);
+          }
+    std::vector<int32_t> ids(static_cast<size_t>(layer.blocks));
     std::iota(ids.begin(), ids.end(), 0);
     std::shuffle(ids.begin(), ids.end(), std::mt19937(4));
     for (const int32_t c : s.contexts) {
@@ -56,23 +89,60 @@ struct Case {
       }
       // What lies in a block behind the sequence is nobody's business.
       for (int64_t j = c; j < static_cast<int64_t>(tables.back().size()) * s.block_size; ++j) {
-        for (int64_t h = 0; h < kv_heads; ++h) {
-          const int64_t row =
-              (tables.back().back() * kv_heads + h) * s.block_size + j % s.block_size;
+        for (int64_t h = 0; h < layer.kv_heads; ++h) {
+          const int64_t b = tables.back().back();
+          const int64_t offset = j % s.block_size;
+          if (layer.k_row_scale != nullptr) {
+            const int64_t at = kv_scale_index(layer, b, h, offset);
+            layer.k_row_scale[at] = layer.v_row_scale[at] = std::numeric_limits<float>::quiet_NaN();
+          }
           for (int64_t i = 0; i < s.head_dim; ++i) {
-            k.set(row, i, std::numeric_limits<float>::quiet_NaN());
-            v.set(row, i, std::numeric_limits<float>::infinity());
+            set(true, b, h, offset, i, std::numeric_limits<float>::quiet_NaN());
+            set(false, b, h, offset, i, std::numeric_limits<float>::infinity());
           }
         }
       }
     }
-    layer = {.k = static_cast<std::byte*>(k.view().data),
-             .v = static_cast<std::byte*>(v.view().data),
-             .dtype = s.kv,
-             .blocks = blocks,
-             .block_size = s.block_size,
-             .kv_heads = kv_heads,
-             .head_dim = s.head_dim};
+  }
+
+  // int8: the stored number, 50 times the value.
+  void set(bool key, int64_t block, int64_t head, int64_t offset, int64_t i, float value) {
+    const int64_t at = key ? kv_key_index(layer, block, head, offset, i)
+                           : kv_value_index(layer, block, head, offset, i);
+    std::byte* to = key ? layer.k : layer.v;
+    switch (layer.dtype) {
+      case DType::kI8:
+        reinterpret_cast<int8_t*>(to)[at] =
+            static_cast<int8_t>(std::isfinite(value) ? std::lround(value * 50) : 99);
+        break;
+      case DType::kBF16:
+        reinterpret_cast<uint16_t*>(to)[at] = tensor::f32_to_bf16(value);
+        break;
+      default:
+        reinterpret_cast<float*>(to)[at] = value;
+    }
+  }
+  // The value that the cache stands for.
+  [[nodiscard]] double get(bool key, int64_t block, int64_t head, int64_t offset, int64_t i) const {
+    const int64_t at = key ? kv_key_index(layer, block, head, offset, i)
+                           : kv_value_index(layer, block, head, offset, i);
+    const std::byte* from = key ? layer.k : layer.v;
+    switch (layer.dtype) {
+      case DType::kI8: {
+        const double stored = reinterpret_cast<const int8_t*>(from)[at];
+        const int64_t channel = head * layer.head_dim + i;
+        if (layer.k_row_scale != nullptr)
+          return stored * (key ? layer.k_row_scale
+                               : layer.v_row_scale)[kv_scale_index(layer, block, head, offset)];
+        const float* shift = key ? layer.k_offset : layer.v_offset;
+        return (stored - (shift != nullptr ? shift[channel] : 0.0f)) *
+               (key ? layer.k_scale : layer.v_scale)[channel];
+      }
+      case DType::kBF16:
+        return tensor::bf16_to_f32(reinterpret_cast<const uint16_t*>(from)[at]);
+      default:
+        return reinterpret_cast<const float*>(from)[at];
+    }
   }
 
   // All tokens of all sequences in one step.
@@ -135,8 +205,10 @@ struct Case {
   int64_t total;
   AttentionShape attention_shape;
   Matrix qkv;
-  Matrix k;
-  Matrix v;
+  Aligned k{64};
+  Aligned v{64};
+  Matrix row_scales{DType::kF32, 0, 0};
+  Matrix channel_scales{DType::kF32, 0, 0};
   std::vector<std::vector<int32_t>> tables;
   KvLayer layer;
 };
@@ -149,31 +221,60 @@ INSTANTIATE_TEST_SUITE_P(AllPaths, AttentionOf, testing::ValuesIn(available_isas
                          [](const auto& info) { return std::string(isa_name(info.param)); });
 
 TEST_P(AttentionOf, AgreesWithSoftmaxInDoublePrecision) {
-  for (const DType kv : {DType::kBF16, DType::kF32}) {
-    const Case c({.q_heads = 3, .group = 3, .head_dim = 24, .act = DType::kF32, .kv = kv,
-                  .contexts = {1, 2, 300, 37}});
+  std::vector<Case::Shape> shapes;
+  for (const int64_t head_dim : {24, 32}) {
+    for (const DType kv : {DType::kBF16, DType::kF32})
+      shapes.push_back({.q_heads = 3,
+                        .group = 3,
+                        .head_dim = head_dim,
+                        .act = DType::kF32,
+                        .kv = kv,
+                        .contexts = {1, 2, 300, 37}});
+    for (const bool dynamic : {false, true})
+      shapes.push_back({.q_heads = 3,
+                        .group = 3,
+                        .head_dim = head_dim,
+                        .act = DType::kF32,
+                        .kv = DType::kI8,
+                        .dynamic = dynamic,
+                        .offsets = !dynamic,
+                        .contexts = {1, 2, 300, 37}});
+    // Weights and scaled queries are rounded to bf16.
+    shapes.push_back({.q_heads = 3, .group = 3, .head_dim = head_dim, .contexts = {1, 2, 300, 37}});
+    shapes.push_back({.q_heads = 3,
+                      .group = 3,
+                      .head_dim = head_dim,
+                      .kv = DType::kI8,
+                      .offsets = true,
+                      .contexts = {1, 2, 300, 37}});
+  }
+  for (const Case::Shape& shape : shapes) {
+    const Case c(shape);
+    const int64_t d = shape.head_dim;
     Runner runner(GetParam(), 2);
     const Matrix out = c.run(runner.ctx);
+    const double tolerance = shape.act == DType::kBF16 ? 2e-2 : 1e-5;
     int64_t row = 0;
     for (size_t s = 0; s < c.tables.size(); ++s) {
       for (int64_t p = 0; p < c.shape.contexts[s]; ++p, ++row) {
         for (int64_t h = 0; h < 3; ++h) {
-          std::vector<double> weights;
           double total = 0;
-          std::vector<double> expected(24);
+          std::vector<double> expected(static_cast<size_t>(d));
           for (int64_t j = 0; j <= p; ++j) {
-            const int64_t at = c.tables[s][static_cast<size_t>(j / 16)] * 16 + j % 16;
+            const int64_t block = c.tables[s][static_cast<size_t>(j / 16)];
             double score = 0;
-            for (int64_t i = 0; i < 24; ++i)
-              score += static_cast<double>(c.qkv.get(row, h * 24 + i)) * c.k.get(at, i);
-            const double weight = std::exp(score / std::sqrt(24.0));
+            for (int64_t i = 0; i < d; ++i)
+              score +=
+                  static_cast<double>(c.qkv.get(row, h * d + i)) * c.get(true, block, 0, j % 16, i);
+            const double weight = std::exp(score * c.attention_shape.scale);
             total += weight;
-            for (int64_t i = 0; i < 24; ++i)
-              expected[static_cast<size_t>(i)] += weight * c.v.get(at, i);
+            for (int64_t i = 0; i < d; ++i)
+              expected[static_cast<size_t>(i)] += weight * c.get(false, block, 0, j % 16, i);
           }
-          for (int64_t i = 0; i < 24; ++i)
-            ASSERT_NEAR(out.get(row, h * 24 + i), expected[static_cast<size_t>(i)] / total, 3e-6)
-                << "sequence " << s << ", position " << p;
+          for (int64_t i = 0; i < d; ++i)
+            ASSERT_NEAR(out.get(row, h * d + i), expected[static_cast<size_t>(i)] / total,
+                        tolerance)
+                << "sequence " << s << ", position " << p << ", head_dim " << d;
         }
       }
     }
@@ -190,14 +291,39 @@ TEST_P(AttentionOf, GivesTheBitsOfItsClass) {
   shapes.push_back({.q_heads = 5, .q_head_begin = 2, .group = 3, .contexts = {18, 3}});
   shapes.push_back({.q_heads = 9, .q_head_begin = 7, .group = 4, .head_dim = 9, .contexts = {50}});
   for (const int64_t block_size : {1, 5, 16, 128})
-    shapes.push_back({.q_heads = 2, .head_dim = 16, .block_size = block_size,
-                      .contexts = {300, 17, 129}});
+    shapes.push_back(
+        {.q_heads = 2, .head_dim = 16, .block_size = block_size, .contexts = {300, 17, 129}});
   for (const int64_t window : {1, 7, 64, 300})
     shapes.push_back({.q_heads = 2, .head_dim = 16, .window = window, .contexts = {600, 7}});
-  shapes.push_back({.q_heads = 2, .head_dim = 16, .act = DType::kF32, .kv = DType::kF32,
-                    .contexts = {530, 31}});
-  shapes.push_back({.q_heads = 2, .head_dim = 16, .act = DType::kF32, .kv = DType::kBF16,
-                    .contexts = {270}});
+  shapes.push_back(
+      {.q_heads = 2, .head_dim = 16, .act = DType::kF32, .kv = DType::kF32, .contexts = {530, 31}});
+  shapes.push_back(
+      {.q_heads = 2, .head_dim = 16, .act = DType::kF32, .kv = DType::kBF16, .contexts = {270}});
+  for (const int64_t head_dim : {9, 64}) {
+    for (const DType act : {DType::kBF16, DType::kF32}) {
+      shapes.push_back({.q_heads = 3,
+                        .group = 3,
+                        .head_dim = head_dim,
+                        .act = act,
+                        .kv = DType::kI8,
+                        .offsets = true,
+                        .contexts = {300, 17}});
+      shapes.push_back({.q_heads = 3,
+                        .group = 3,
+                        .head_dim = head_dim,
+                        .act = act,
+                        .kv = DType::kI8,
+                        .dynamic = true,
+                        .contexts = {300, 17}});
+    }
+  }
+  shapes.push_back({.q_heads = 2,
+                    .head_dim = 16,
+                    .block_size = 128,
+                    .window = 37,
+                    .kv = DType::kI8,
+                    .dynamic = true,
+                    .contexts = {600, 7}});
   for (const Case::Shape& shape : shapes) {
     const Case c(shape);
     const Matrix expected = c.reference(numeric_class());
@@ -237,9 +363,8 @@ TEST_P(AttentionOf, BadNumbersStayInTheirSequence) {
   Case bad({.head_dim = 32, .contexts = {40, 9, 70}});
   // Position 3 of the second sequence, every KV head.
   for (int64_t h = 0; h < bad.layer.kv_heads; ++h) {
-    const int64_t row = (bad.tables[1][0] * bad.layer.kv_heads + h) * 16 + 3;
-    bad.k.set(row, 0, std::numeric_limits<float>::quiet_NaN());
-    bad.v.set(row, 1, std::numeric_limits<float>::infinity());
+    bad.set(true, bad.tables[1][0], h, 3, 0, std::numeric_limits<float>::quiet_NaN());
+    bad.set(false, bad.tables[1][0], h, 3, 1, std::numeric_limits<float>::infinity());
   }
   bad.qkv.set(100, 0, std::numeric_limits<float>::infinity());
   Runner runner(GetParam(), 2);

@@ -34,10 +34,14 @@ class Pieces {
 const cpu::Kernels* cpu::kernels_of(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
-    case Isa::kAvx2: return &cpu::avx2_kernels();
-    case Isa::kAvx512: return &cpu::avx512_kernels();
-    case Isa::kAvx512Bf16: return &cpu::avx512bf16_kernels();
-    default: break;
+    case Isa::kAvx2:
+      return &cpu::avx2_kernels();
+    case Isa::kAvx512:
+      return &cpu::avx512_kernels();
+    case Isa::kAvx512Bf16:
+      return &cpu::avx512bf16_kernels();
+    default:
+      break;
   }
 #endif
   PHALANX_CHECK(isa == Isa::kRef);
@@ -74,7 +78,9 @@ void lay_out(const Context::Options& options, int threads, Pieces& pieces,
     t.sums = pieces.take<float>(kTokenBlock * cpu::kGroupPanels * tensor::kPanelRows);
     t.queries = pieces.take<float>(rows * head_dim);
     t.keys = pieces.take<std::byte>(kAttentionChunk / 16 * panel_bytes(head_dim, DType::kF32));
-    t.values = pieces.take<float>(kAttentionChunk * head_dim);
+    t.values = pieces.take<std::byte>(kAttentionChunk * head_dim * 4);
+    t.key_scales = pieces.take<float>(kAttentionChunk);
+    t.value_scales = pieces.take<float>(kAttentionChunk);
     t.scores = pieces.take<float>(rows * kAttentionChunk);
     t.chunk_out = pieces.take<float>(rows * head_dim);
     t.out = pieces.take<float>(rows * head_dim);
@@ -82,6 +88,8 @@ void lay_out(const Context::Options& options, int threads, Pieces& pieces,
     t.chunk_sum = pieces.take<float>(rows);
     t.max = pieces.take<float>(rows);
     t.sum = pieces.take<float>(rows);
+    t.begin = pieces.take<int32_t>(rows);
+    t.end = pieces.take<int32_t>(rows);
     if (options.quantised) {
       t.expanded = pieces.take<std::byte>(cpu::kGroupPanels * kExpandK * tensor::kPanelRows * 2);
       t.totals = pieces.take<float>(kTokenBlock * cpu::kGroupPanels * tensor::kPanelRows);

@@ -47,7 +47,17 @@ void check_add(const MatrixView& residual, const MatrixView& delta) {
 }
 
 void check_kv(const KvLayer& kv) {
-  PHALANX_CHECK(is_act(kv.dtype) && kv.k != nullptr && kv.v != nullptr);
+  PHALANX_CHECK(kv.k != nullptr && kv.v != nullptr);
+  if (kv.dtype == DType::kI8) {
+    const bool fixed = kv.k_scale != nullptr;
+    const bool dynamic = kv.k_row_scale != nullptr;
+    PHALANX_CHECK(fixed != dynamic && (kv.v_scale != nullptr) == fixed);
+    PHALANX_CHECK((kv.v_row_scale != nullptr) == dynamic);
+    PHALANX_CHECK(fixed || (kv.k_offset == nullptr && kv.v_offset == nullptr));
+  } else {
+    PHALANX_CHECK(is_act(kv.dtype) && kv.k_scale == nullptr && kv.v_scale == nullptr);
+    PHALANX_CHECK(kv.k_row_scale == nullptr && kv.v_row_scale == nullptr);
+  }
   PHALANX_CHECK(kv.block_size > 0 && kv.kv_heads > 0 && kv.head_dim > 0);
 }
 
@@ -142,7 +152,7 @@ void attention(Context& ctx, const MatrixView& qkv, std::span<const SequenceSlic
   PHALANX_CHECK(is_act(qkv.dtype) && is_act(out.dtype) && kv.head_dim == shape.head_dim);
   PHALANX_CHECK(qkv.cols >= shape.q_heads * shape.head_dim && qkv.rows == out.rows);
   PHALANX_CHECK(out.cols == shape.q_heads * shape.head_dim);
-  PHALANX_CHECK(shape.group > 0 && shape.q_heads > 0 && shape.window >= 0);
+  PHALANX_CHECK(shape.group > 0 && shape.q_heads > 0 && shape.window >= 0 && shape.scale > 0);
   PHALANX_CHECK(shape.q_head_begin / shape.group >= shape.kv_head_begin);
   PHALANX_CHECK((shape.q_head_begin + shape.q_heads - 1) / shape.group <
                 shape.kv_head_begin + kv.kv_heads);

@@ -31,13 +31,13 @@ class Context {
  public:
   struct Options {
     Isa isa = Isa::kRef;
-    int64_t max_tokens = 0;      // largest T of a step
-    int64_t max_k = 0;           // largest input width of a linear layer
-    int64_t max_rows = 0;        // largest local output width of a linear layer
-    int64_t max_heads = 0;       // local query heads
+    int64_t max_tokens = 0;  // largest T of a step
+    int64_t max_k = 0;       // largest input width of a linear layer
+    int64_t max_rows = 0;    // largest local output width of a linear layer
+    int64_t max_heads = 0;   // local query heads
     int64_t max_head_dim = 0;
-    int64_t max_context = 0;     // longest sequence
-    bool quantised = false;      // some linear layer has a storage other than kFloat
+    int64_t max_context = 0;  // longest sequence
+    bool quantised = false;   // some linear layer has a storage other than kFloat
   };
   Context(const Options& options, ThreadPool& pool);
   ~Context();
@@ -82,7 +82,8 @@ struct PackedLinear {
 // Packs rows [row_begin, row_begin + source.rows) of a linear of `rows` rows. Called piece by
 // piece while reading; row_begin a multiple of 16 (the last piece may be short; its padding is
 // zeroed). source: [n, k] of `dtype`, same k.
-void pack_rows(const MatrixView& source, int64_t row_begin, int64_t rows, std::byte* packed, Isa isa);
+void pack_rows(const MatrixView& source, int64_t row_begin, int64_t rows, std::byte* packed,
+               Isa isa);
 // One row back as it was stored (bit-exact). out: k elements of w.dtype. For tied embeddings.
 void unpack_row(const PackedLinear& w, int64_t row, void* out);
 
@@ -134,20 +135,37 @@ struct RopeTable {
 [[nodiscard]] RopeTable make_rope_table(std::span<const double> inv_freq, int64_t positions,
                                         double scale);
 
-// K and V of one layer on this rank: [block][kv_head][block_size][head_dim], dtype bf16 or f32.
+// K and V of one layer on this rank: [block][kv_head], then block_size positions of head_dim as
+// kv_layout.h lays them out; dtype bf16, f32 or i8.
+//
+// i8 holds a value x as x / scale (+ offset), rounded to the nearest even integer and clamped to
+// [-128, 127] (NaN: 0). Two kinds of scales, of which exactly one is given:
+//   fixed    k_scale, v_scale f32 [kv_heads][head_dim], finite and > 0; k_offset, v_offset the same
+//            or nullptr. Attention multiplies q by k_scale once and its output by v_scale; an
+//            offset of keys shifts all scores of a row alike, so only rope_and_store needs it.
+//   dynamic  k_row_scale, v_row_scale f32 [block][kv_head][block_size], one per token and head,
+//            largest magnitude / 127, written by rope_and_store.
 struct KvLayer {
   std::byte* k = nullptr;
   std::byte* v = nullptr;
   DType dtype = DType::kBF16;
   int64_t blocks = 0;
   int64_t block_size = 0;
-  int64_t kv_heads = 0;   // stored on this rank
+  int64_t kv_heads = 0;  // stored on this rank
   int64_t head_dim = 0;
+
+  const float* k_scale = nullptr;
+  const float* v_scale = nullptr;
+  const float* k_offset = nullptr;
+  const float* v_offset = nullptr;
+  float* k_row_scale = nullptr;
+  float* v_row_scale = nullptr;
 };
 
 // qkv: f32 or act [T, (q_heads + 2 * kv_heads) * head_dim] as linear wrote it: q heads, k heads,
 // v heads. Rotates q and k (half-split pairs i, i + rotary_dim/2) in f32, writes q back rounded to
-// qkv.dtype, and stores k and v, rounded to kv.dtype, in slot[t] = block * block_size + offset.
+// qkv.dtype, and stores k and v, rounded once to kv.dtype, in slot[t] = block * block_size +
+// offset.
 void rope_and_store(Context& ctx, const MatrixView& qkv, int64_t q_heads, const RopeTable& rope,
                     std::span<const int32_t> positions, std::span<const int32_t> slots,
                     const KvLayer& kv);
@@ -162,19 +180,21 @@ struct SequenceSlice {
 };
 
 struct AttentionShape {
-  int64_t q_heads = 0;      // local
-  int64_t q_head_begin = 0; // global number of the first local query head
-  int64_t group = 1;        // query heads per KV head
-  int64_t kv_head_begin = 0;// global number of the first KV head stored here
+  int64_t q_heads = 0;        // local
+  int64_t q_head_begin = 0;   // global number of the first local query head
+  int64_t group = 1;          // query heads per KV head
+  int64_t kv_head_begin = 0;  // global number of the first KV head stored here
   int64_t head_dim = 0;
-  float scale = 0;          // 1 / sqrt(head_dim) usually
-  int64_t window = 0;       // sliding window in positions, 0 = none
+  float scale = 0;     // 1 / sqrt(head_dim) usually
+  int64_t window = 0;  // sliding window in positions, 0 = none
 };
 
 // Causal. q: the first q_heads * head_dim columns of qkv (row stride of qkv), rounded as stored.
 // out: act [T, q_heads * head_dim], any stride. Scores and sums in f32, in chunks of 256 absolute
 // positions: each chunk gives (max, sum, output), merged in ascending order (prefill and decode
-// alike). K and V are read only as stored.
+// alike). K and V are read only as stored. In the class bf16dp, with bf16 q and bf16 or i8 KV, both
+// products are sums of pairs: over channels, and over positions 2i, 2i + 1, whose weights (not
+// their sum) are rounded to bf16.
 inline constexpr int64_t kAttentionChunk = 256;
 void attention(Context& ctx, const MatrixView& qkv, std::span<const SequenceSlice> sequences,
                const AttentionShape& shape, const KvLayer& kv, const MatrixView& out);

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "phalanx/ops/kv_layout.h"
 #include "phalanx/ops/ref/ref.h"
 #include "phalanx/ops/test_data.h"
 
@@ -68,8 +69,15 @@ TEST_P(Rows, NormAgreesWithDoublePrecision) {
 
 TEST_P(Rows, RoundsToBf16AsTheScalarFunctionDoes) {
   // Through add: residual 0 + delta, then a norm is not needed; linear's epilogue is tested apart.
-  std::vector<float> values = {0.0f, -0.0f, 1.0f, 1.00390625f, 1.01171875f, 3.3895314e38f,
-                               3.4028235e38f, 1e-40f, -1e-45f,
+  std::vector<float> values = {0.0f,
+                               -0.0f,
+                               1.0f,
+                               1.00390625f,
+                               1.01171875f,
+                               3.3895314e38f,
+                               3.4028235e38f,
+                               1e-40f,
+                               -1e-45f,
                                std::numeric_limits<float>::infinity(),
                                -std::numeric_limits<float>::infinity()};
   std::mt19937 random(6);
@@ -113,29 +121,58 @@ TEST_P(Rows, RopeGivesOneSetOfBits) {
       const int64_t q_heads = 3;
       const int64_t kv_heads = 2;
       const int64_t tokens = 33;
-      const int64_t block_size = 4;
       std::vector<int32_t> positions;
       std::vector<int32_t> slots;
       for (int32_t t = 0; t < tokens; ++t) {
         positions.push_back(t * 9);
         slots.push_back((t * 7) % 36);
       }
+      struct Kind {
+        DType dtype;
+        bool dynamic = false;
+        bool offsets = false;
+      };
+      const Matrix scales = random_matrix(DType::kF32, 4, kv_heads * head_dim, 8, 0.1f);
+      const auto scale = [&](int64_t r) { return scales.view().row<float>(r); };
+      for (int64_t i = 0; i < kv_heads * head_dim; ++i)
+        for (int64_t r = 0; r < 2; ++r) scale(r)[i] = std::fabs(scale(r)[i]) + 0.005f;
       for (const DType act : {DType::kBF16, DType::kF32}) {
-        for (const DType kv_type : {DType::kBF16, DType::kF32}) {
+        for (const Kind kind : {Kind{DType::kBF16},
+                                {DType::kF32},
+                                {DType::kI8},
+                                {DType::kI8, false, true},
+                                {DType::kI8, true}}) {
+          // In rows and in panels.
+          const int64_t block_size = act == DType::kBF16 ? 4 : 16;
+          const int64_t blocks = 36 / block_size + 1;
           auto run = [&](auto f) {
-            Matrix qkv =
-                random_matrix(act, tokens, (q_heads + 2 * kv_heads) * head_dim, 7, 2.0f);
-            Matrix k(kv_type, 9 * kv_heads * block_size, head_dim);
-            Matrix v(kv_type, 9 * kv_heads * block_size, head_dim);
-            const KvLayer kv{.k = static_cast<std::byte*>(k.view().data),
-                             .v = static_cast<std::byte*>(v.view().data),
-                             .dtype = kv_type,
-                             .blocks = 9,
-                             .block_size = block_size,
-                             .kv_heads = kv_heads,
-                             .head_dim = head_dim};
+            Matrix qkv = random_matrix(act, tokens, (q_heads + 2 * kv_heads) * head_dim, 7, 2.0f);
+            qkv.set(3, (q_heads + 1) * head_dim + 2, std::numeric_limits<float>::quiet_NaN());
+            qkv.set(4, (q_heads + kv_heads) * head_dim + 5, 1e30f);
+            for (int64_t i = 0; i < head_dim; ++i) qkv.set(5, q_heads * head_dim + i, 0);
+            Matrix k(kind.dtype, blocks * kv_heads * block_size, head_dim);
+            Matrix v(kind.dtype, blocks * kv_heads * block_size, head_dim);
+            Matrix own(DType::kF32, 2, blocks * kv_heads * block_size);
+            KvLayer kv{.k = static_cast<std::byte*>(k.view().data),
+                       .v = static_cast<std::byte*>(v.view().data),
+                       .dtype = kind.dtype,
+                       .blocks = blocks,
+                       .block_size = block_size,
+                       .kv_heads = kv_heads,
+                       .head_dim = head_dim};
+            if (kind.dynamic) {
+              kv.k_row_scale = own.view().row<float>(0);
+              kv.v_row_scale = own.view().row<float>(1);
+            } else if (kind.dtype == DType::kI8) {
+              kv.k_scale = scale(0);
+              kv.v_scale = scale(1);
+            }
+            if (kind.offsets) {
+              kv.k_offset = scale(2);
+              kv.v_offset = scale(3);
+            }
             f(qkv.view(), kv);
-            return std::tuple(qkv.bits(), k.bits(), v.bits());
+            return std::tuple(qkv.bits(), k.bits(), v.bits(), own.bits());
           };
           const auto expected = run([&](const MatrixView& qkv, const KvLayer& kv) {
             ref::rope_and_store(qkv, q_heads, rope, positions, slots, kv);
@@ -146,7 +183,7 @@ TEST_P(Rows, RopeGivesOneSetOfBits) {
                         rope_and_store(runner.ctx, qkv, q_heads, rope, positions, slots, kv);
                       }),
                       expected)
-                << head_dim << ", rotary " << rotary;
+                << head_dim << ", rotary " << rotary << ", " << tensor::dtype_name(kind.dtype);
             EXPECT_EQ(run([&](const MatrixView& qkv, const KvLayer& kv) {
                         for (int64_t t = 0; t < tokens; ++t)
                           rope_and_store(runner.ctx, qkv.rows_of(t, 1), q_heads, rope,
@@ -160,6 +197,44 @@ TEST_P(Rows, RopeGivesOneSetOfBits) {
       }
     }
   }
+}
+
+// int8: half to even, clamped, NaN to 0; a row of zeros has the scale 0.
+TEST_P(Rows, Int8CacheRoundsAsDocumented) {
+  const int64_t d = 16;
+  const std::vector<float> k = {0.5f,  1.5f,   2.5f,    -0.5f,
+                                -1.5f, 300.0f, -300.0f, std::numeric_limits<float>::quiet_NaN()};
+  const std::vector<int8_t> rounded = {0, 2, 2, 0, -2, 127, -128, 0};
+  const RopeTable none = make_rope_table({}, 4, 1.0);
+  Matrix qkv(DType::kF32, 1, 3 * d);
+  for (int64_t i = 0; i < 3 * d; ++i) qkv.set(0, i, i >= d && i < d + 8 ? k[i - d] : 0.0f);
+  std::vector<int8_t> keys(256), values(256);
+  const std::vector<float> ones(static_cast<size_t>(d), 1.0f);
+  std::vector<float> own(32);
+  KvLayer kv{.k = reinterpret_cast<std::byte*>(keys.data()),
+             .v = reinterpret_cast<std::byte*>(values.data()),
+             .dtype = DType::kI8,
+             .blocks = 1,
+             .block_size = 16,
+             .kv_heads = 1,
+             .head_dim = d,
+             .k_scale = ones.data(),
+             .v_scale = ones.data()};
+  const int32_t at[1] = {3};
+  Runner runner(GetParam(), 1);
+  rope_and_store(runner.ctx, qkv.view(), 1, none, at, at, kv);
+  for (int64_t i = 0; i < 8; ++i)
+    EXPECT_EQ(keys[static_cast<size_t>(kv_key_index(kv, 0, 0, 3, i))],
+              rounded[static_cast<size_t>(i)])
+        << i;
+  kv.k_scale = kv.v_scale = nullptr;
+  kv.k_row_scale = own.data();
+  kv.v_row_scale = own.data() + 16;
+  own[19] = 1;
+  rope_and_store(runner.ctx, qkv.view(), 1, none, at, at, kv);
+  EXPECT_EQ(own[3], 300.0f / 127.0f);
+  EXPECT_EQ(keys[static_cast<size_t>(kv_key_index(kv, 0, 0, 3, 6))], -127);
+  EXPECT_EQ(own[19], 0.0f);
 }
 
 TEST(Rope, TableAgreesWithLibm) {

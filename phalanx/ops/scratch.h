@@ -30,25 +30,29 @@ struct AttentionItem {
   int32_t token_end = 0;
   int32_t chunk_begin = 0;
   int32_t chunk_end = 0;
-  // A shared-out block: where results go (one per row), and, on its first item, how many items
-  // follow each other. -1: one item merges all chunks itself.
+  // A shared-out block: where its results go (one per chunk and row), and, on its first item, how
+  // many chunks the block has. -1: one item merges all chunks itself.
   int64_t partial = -1;
-  int32_t siblings = 0;
+  int32_t block_chunks = 0;
 };
 
 // The memory of one thread, all 64-byte aligned.
 struct ThreadScratch {
-  float* sums = nullptr;         // [kTokenBlock][16 * kGroupPanels] of a product
-  void* queries = nullptr;       // [rows][head_dim], f32 or bf16
-  std::byte* keys = nullptr;     // kAttentionChunk / 16 panels
-  float* values = nullptr;       // [head_dim / 16][kAttentionChunk][16]
-  float* scores = nullptr;       // [rows][kAttentionChunk]
-  float* chunk_out = nullptr;    // [rows][padded head_dim]
-  float* out = nullptr;          // [rows][padded head_dim]
-  float* chunk_max = nullptr;    // [rows]
+  float* sums = nullptr;      // [kTokenBlock][16 * kGroupPanels] of a product
+  void* queries = nullptr;    // [rows][head_dim], f32 or bf16
+  std::byte* keys = nullptr;  // kAttentionChunk positions, in panels: KV that is not stored so
+  std::byte* values = nullptr;
+  float* key_scales = nullptr;  // [kAttentionChunk], of int8 KV
+  float* value_scales = nullptr;
+  float* scores = nullptr;     // [rows][kAttentionChunk], then the weights of the values
+  float* chunk_out = nullptr;  // [rows][padded head_dim]
+  float* out = nullptr;        // [rows][padded head_dim]
+  float* chunk_max = nullptr;  // [rows]
   float* chunk_sum = nullptr;
   float* max = nullptr;
   float* sum = nullptr;
+  int32_t* begin = nullptr;  // [rows], positions seen in a chunk
+  int32_t* end = nullptr;
   // Of quantised weights:
   std::byte* expanded = nullptr;  // [kGroupPanels][kExpandK][16] of bf16
   float* totals = nullptr;        // [kTokenBlock][16 * kGroupPanels]

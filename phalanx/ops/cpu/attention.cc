@@ -1,21 +1,28 @@
 #include <algorithm>
-#include <limits>
+#include <cstring>
 
 #include "phalanx/ops/cpu/cpu.h"
 #include "phalanx/ops/cpu/kernels.h"
-#include "phalanx/ops/packing.h"
+#include "phalanx/ops/cpu/runs.h"
+#include "phalanx/ops/kv_layout.h"
 #include "phalanx/ops/scratch.h"
 
 namespace phalanx::ops::cpu {
 namespace {
 
 using tensor::Range;
-constexpr int64_t kLanes = tensor::kPanelRows;
+constexpr int64_t kLanes = 16;
+constexpr int64_t kChunkUnits = kAttentionChunk / kKvUnit;
+// How far ahead of their use keys and values are asked for.
+constexpr int64_t kAheadBytes = 16384;
 
-// One call of attention. A block of query rows of one KV head shares one packing of each chunk of
+KvType type_of(DType dtype) {
+  return dtype == DType::kF32 ? KvType::kF32 : dtype == DType::kBF16 ? KvType::kBF16 : KvType::kI8;
+}
+
+// One call of attention. A block of query rows of one KV head passes together over each chunk of
 // keys and values; its rows are (token, head of the group), token by token. Rows differ in the
-// positions they see, so products run over what all rows of a register tile see, and each row
-// begins and ends on its own: no row reads a position that it must not see, not even times zero.
+// positions they see: no row's output takes in a value that it must not see, not even times zero.
 class Attention {
  public:
   Attention(Context& ctx, const MatrixView& qkv, std::span<const SequenceSlice> sequences,
@@ -29,7 +36,9 @@ class Attention {
         kv_(kv),
         out_(out),
         padded_((shape.head_dim + kLanes - 1) / kLanes * kLanes),
-        pairs_(kernels_.pairs && qkv.dtype == DType::kBF16 && kv.dtype == DType::kBF16) {
+        pairs_(kernels_.pairs && qkv.dtype == DType::kBF16 && kv.dtype != DType::kF32),
+        in_panels_(kv_in_panels(kv)),
+        element_(static_cast<int64_t>(tensor::dtype_bytes(kv.dtype))) {
     PHALANX_CHECK(shape.head_dim <= scratch_.max_head_dim && shape.q_heads <= scratch_.query_rows);
   }
 
@@ -37,14 +46,22 @@ class Attention {
     plan();
     scratch_.next_item.store(0, std::memory_order_relaxed);
     const auto count = static_cast<int64_t>(scratch_.items.size());
+    const int64_t threads = pool_.size();
     bool shared = false;
-    for (const AttentionItem& item : scratch_.items) shared |= item.partial >= 0;
+    bool decode = true;
+    for (const AttentionItem& item : scratch_.items) {
+      shared |= item.partial >= 0;
+      decode &= item.token_end - item.token_begin == 1;
+    }
     auto work = [&](int thread) {
+      const ThreadScratch& t = scratch_.threads[static_cast<size_t>(thread)];
       for (;;) {
-        const int64_t i = scratch_.next_item.fetch_add(1, std::memory_order_relaxed);
-        if (i >= count) return;
-        run_item(scratch_.items[static_cast<size_t>(i)],
-                 scratch_.threads[static_cast<size_t>(thread)]);
+        // Short items in runs, so that the keys of the next one can be asked for.
+        const Range run = take_run(scratch_.next_item, count, decode ? threads : count);
+        if (run.size() == 0) return;
+        for (int64_t i = run.begin; i < run.end; ++i)
+          run_item(scratch_.items[static_cast<size_t>(i)],
+                   i + 1 < run.end ? &scratch_.items[static_cast<size_t>(i + 1)] : nullptr, t);
       }
     };
     if (count == 1)
@@ -54,7 +71,7 @@ class Attention {
     if (shared)
       pool_.for_each(count, 1, [&](int64_t i) {
         const AttentionItem& item = scratch_.items[static_cast<size_t>(i)];
-        if (item.siblings > 0) merge_siblings(item);
+        if (item.block_chunks > 0) merge_chunks(item);
       });
   }
 
@@ -77,7 +94,7 @@ class Attention {
     // Those of them in chunk c; may be empty.
     [[nodiscard]] Range seen(int64_t r, int64_t c) const {
       const Range all = seen(r);
-      const int64_t begin = std::max(all.begin, c * kAttentionChunk);
+      const int64_t begin = std::clamp(all.begin, c * kAttentionChunk, (c + 1) * kAttentionChunk);
       return {begin, std::max(begin, std::min(all.end, (c + 1) * kAttentionChunk))};
     }
     [[nodiscard]] bool begins_in(int64_t r, int64_t c) const {
@@ -117,10 +134,11 @@ class Attention {
         if (heads == 0) continue;
         const int64_t tokens = scratch_.query_rows / heads;
         for (int64_t end = sequences_[s].token_count; end > 0; end -= tokens) {
-          AttentionItem item{.sequence = static_cast<int32_t>(s),
-                             .kv_head = static_cast<int32_t>(h),
-                             .token_begin = static_cast<int32_t>(std::max(end - tokens, int64_t{0})),
-                             .token_end = static_cast<int32_t>(end)};
+          AttentionItem item{
+              .sequence = static_cast<int32_t>(s),
+              .kv_head = static_cast<int32_t>(h),
+              .token_begin = static_cast<int32_t>(std::max(end - tokens, int64_t{0})),
+              .token_end = static_cast<int32_t>(end)};
           const Range chunks = rows_of(item).chunks();
           item.chunk_begin = static_cast<int32_t>(chunks.begin);
           item.chunk_end = static_cast<int32_t>(chunks.end);
@@ -129,20 +147,24 @@ class Attention {
       }
     }
     const size_t blocks = scratch_.items.size();
-    const auto threads = static_cast<size_t>(pool_.size());
-    if (threads == 1 || blocks >= 4 * threads) return;
+    const int64_t threads = pool_.size();
+    if (threads == 1) return;
+    int64_t total = 0;
+    for (const AttentionItem& block : scratch_.items) total += block.chunk_end - block.chunk_begin;
+    const int64_t most = (total + 4 * threads - 1) / (4 * threads);
     int64_t used = 0;
     for (size_t i = 0; i < blocks; ++i) {
       const AttentionItem block = scratch_.items[i];
       const int64_t chunks = block.chunk_end - block.chunk_begin;
       const int64_t rows = rows_of(block).count;
-      if (chunks < 2 || used + rows * chunks > scratch_.max_partials) continue;
-      for (int64_t c = 0; c < chunks; ++c) {
+      if (chunks <= most || used + rows * chunks > scratch_.max_partials) continue;
+      for (int64_t c = 0; c < chunks; c += most) {
         AttentionItem item = block;
         item.chunk_begin = static_cast<int32_t>(block.chunk_begin + c);
-        item.chunk_end = item.chunk_begin + 1;
+        item.chunk_end =
+            static_cast<int32_t>(std::min(block.chunk_begin + c + most, int64_t{block.chunk_end}));
         item.partial = used + c * rows;
-        item.siblings = c == 0 ? static_cast<int32_t>(chunks) : 0;
+        item.block_chunks = c == 0 ? static_cast<int32_t>(chunks) : 0;
         if (c == 0)
           scratch_.items[i] = item;
         else
@@ -156,185 +178,243 @@ class Attention {
     return scratch_.partials + index * (padded_ + kLanes);
   }
 
-  // Where position j of the sequence lies in kv.k and kv.v, in bytes.
-  [[nodiscard]] int64_t offset_of(const SequenceSlice& s, int64_t kv_head, int64_t j) const {
+  // Where position j of the sequence lies.
+  struct Place {
+    int64_t block = 0;
+    int64_t offset = 0;
+  };
+  [[nodiscard]] Place place_of(const SequenceSlice& s, int64_t j) const {
     const int64_t block = s.block_table[j / kv_.block_size];
     PHALANX_CHECK(block >= 0 && block < kv_.blocks);
-    return ((block * kv_.kv_heads + kv_head) * kv_.block_size + j % kv_.block_size) *
-           kv_.head_dim * static_cast<int64_t>(tensor::dtype_bytes(kv_.dtype));
+    return {block, j % kv_.block_size};
   }
 
-  [[nodiscard]] int64_t key_panel_bytes() const {
-    return panel_bytes(shape_.head_dim, pairs_ ? DType::kBF16 : DType::kF32);
-  }
-
-  void gather_queries(const Rows& rows, void* queries) const {
+  void gather_queries(const Rows& rows, int64_t kv_head, void* queries) const {
     const bool bf16 = qkv_.dtype == DType::kBF16;
     const auto in_bytes = static_cast<int64_t>(tensor::dtype_bytes(qkv_.dtype));
     const int64_t out_bytes = pairs_ ? 2 : 4;
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t at = (rows.first_token + r / rows.heads) * qkv_.stride +
                          (rows.first_head + r % rows.heads) * shape_.head_dim;
-      kernels_.convert(static_cast<const std::byte*>(qkv_.data) + at * in_bytes, bf16,
-                       shape_.head_dim,
-                       static_cast<std::byte*>(queries) + r * shape_.head_dim * out_bytes, pairs_);
+      const void* in = static_cast<const std::byte*>(qkv_.data) + at * in_bytes;
+      void* out = static_cast<std::byte*>(queries) + r * shape_.head_dim * out_bytes;
+      if (kv_.k_scale != nullptr)
+        kernels_.scale(in, bf16, kv_.k_scale + kv_head * shape_.head_dim, shape_.head_dim, out,
+                       pairs_);
+      else
+        kernels_.convert(in, bf16, shape_.head_dim, out, pairs_);
     }
   }
 
-  // Positions `span` of one chunk, as far as any row sees them, while those up to `ahead_end` are
-  // asked for kAhead positions before their turn, over the end of the chunk.
-  void pack(const AttentionItem& item, Range span, int64_t ahead_end,
-            const ThreadScratch& t) const {
-    constexpr int64_t kAhead = 2 * kLanes;
+  // Keys and values of one chunk for the kernels: units of 16 positions, those of the keys, those
+  // of the values, then what will be needed after them (for asking ahead only).
+  struct Units {
+    KvType type = KvType::kBF16;
+    const std::byte* storage[5 * kChunkUnits];
+    const std::byte** at = storage + kChunkUnits;
+    int64_t count = 0;  // of the keys, and of the values
+    int64_t first = 0;  // number of at[0] in the chunk
+    int64_t ahead = 0;  // distance in units; 0: not to be asked for
+    const float* key_scales = nullptr;
+    const float* value_scales = nullptr;
+  };
+
+  // Units that hold positions `span` of a chunk.
+  static Range units_of(Range span) {
+    return {span.begin / kKvUnit, (span.end + kKvUnit - 1) / kKvUnit};
+  }
+
+  // Addresses of the units that hold `span`, as stored.
+  int64_t stored_units(const AttentionItem& item, Range span, const std::byte* base,
+                       const std::byte** out) const {
     const SequenceSlice& s = sequences_[static_cast<size_t>(item.sequence)];
-    const bool bf16 = kv_.dtype == DType::kBF16;
-    const int64_t row_bytes = kv_.head_dim * static_cast<int64_t>(tensor::dtype_bytes(kv_.dtype));
+    const Range units = units_of(span);
+    for (int64_t u = units.begin; u < units.end; ++u) {
+      const Place place = place_of(s, u * kKvUnit);
+      *out++ =
+          base +
+          (kv_head_index(kv_, place.block, item.kv_head) + place.offset * kv_.head_dim) * element_;
+    }
+    return units.size();
+  }
+
+  // Copies KV that is not stored in panels, and widens int8 for blocks of many rows.
+  void unpack(const AttentionItem& item, Range span, bool widen, const ThreadScratch& t,
+              Units& units) const {
+    const SequenceSlice& s = sequences_[static_cast<size_t>(item.sequence)];
+    units.type = widen ? KvType::kBF16 : type_of(kv_.dtype);
+    const int64_t element = widen ? 2 : element_;
+    const int64_t n = kv_.head_dim;
     const int64_t c0 = span.begin / kAttentionChunk * kAttentionChunk;
-    const int64_t first = span.begin / kLanes * kLanes;
-    const int64_t end = (span.end + kLanes - 1) / kLanes * kLanes;
-    const int64_t known = std::max(span.end, std::min(end + kAhead, ahead_end));
-    const std::byte* keys[kAttentionChunk + kAhead];
-    const std::byte* values[kAttentionChunk + kAhead];
-    // Block by block of the paged cache.
-    for (int64_t j = span.begin; j < known;) {
-      const int64_t count = std::min(kv_.block_size - j % kv_.block_size, known - j);
-      const int64_t offset = offset_of(s, item.kv_head, j);
-      for (int64_t i = 0; i < count; ++i) {
-        keys[j + i - first] = kv_.k + offset + i * row_bytes;
-        values[j + i - first] = kv_.v + offset + i * row_bytes;
+    const Range all = units_of(span);
+    const int64_t key_unit = (n + n % 2) * kKvUnit;
+    const int64_t value_unit = padded_ * kKvUnit;
+    for (int64_t u = all.begin; u < all.end; ++u) {
+      const int64_t slot = u - c0 / kKvUnit;
+      std::byte* keys = t.keys + slot * key_unit * element;
+      std::byte* values = t.values + slot * value_unit * element;
+      units.at[u - all.begin] = keys;
+      units.at[all.size() + u - all.begin] = values;
+      if (in_panels_) {
+        const Place place = place_of(s, u * kKvUnit);
+        const int64_t at = kv_head_index(kv_, place.block, item.kv_head) + place.offset * n;
+        kernels_.widen_i8(reinterpret_cast<const int8_t*>(kv_.k) + at, key_unit,
+                          reinterpret_cast<uint16_t*>(keys));
+        kernels_.widen_i8(reinterpret_cast<const int8_t*>(kv_.v) + at, value_unit,
+                          reinterpret_cast<uint16_t*>(values));
+        continue;
       }
+      std::memset(keys, 0, static_cast<size_t>(key_unit * element));
+      std::memset(values, 0, static_cast<size_t>(value_unit * element));
+      for (int64_t j = std::max(u * kKvUnit, span.begin); j < std::min((u + 1) * kKvUnit, span.end);
+           ++j) {
+        const Place place = place_of(s, j);
+        const int64_t at = kv_head_index(kv_, place.block, item.kv_head) + place.offset * n;
+        const bool f32 = kv_.dtype == DType::kF32;
+        for (int64_t i = 0; i < n; ++i) {
+          std::memcpy(keys + key_panel_index(j % kKvUnit, i, n + n % 2, f32) * element_,
+                      kv_.k + (at + i) * element_, static_cast<size_t>(element_));
+          std::memcpy(values + value_panel_index(j % kKvUnit, i, padded_, f32) * element_,
+                      kv_.v + (at + i) * element_, static_cast<size_t>(element_));
+        }
+      }
+    }
+  }
+
+  void row_scales(const AttentionItem& item, Range span, const float* scales, float* out) const {
+    const SequenceSlice& s = sequences_[static_cast<size_t>(item.sequence)];
+    for (int64_t j = span.begin; j < span.end;) {
+      const Place place = place_of(s, j);
+      const int64_t count = std::min(kv_.block_size - place.offset, span.end - j);
+      std::copy_n(scales + kv_scale_index(kv_, place.block, item.kv_head, place.offset), count,
+                  out + j % kAttentionChunk);
       j += count;
     }
-    for (int64_t j = first; j < end; j += kLanes) {
-      const Range ahead{std::min(j + kAhead, known), std::min(j + kAhead + kLanes, known)};
-      kernels_.prefetch_rows(keys + (ahead.begin - first), ahead.size(), row_bytes);
-      kernels_.prefetch_rows(values + (ahead.begin - first), ahead.size(), row_bytes);
-      const Range own{std::max(j, span.begin), std::min(j + kLanes, span.end)};
-      kernels_.pack_values(values + (own.begin - first), bf16, own.size(), shape_.head_dim,
-                           t.values + (own.begin - c0) * kLanes, kAttentionChunk * kLanes);
-      const std::byte* panel[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i)
-        panel[i] = own.contains(j + i) ? keys[j + i - first] : nullptr;
-      kernels_.pack_keys(panel, bf16, shape_.head_dim,
-                         t.keys + (j - c0) / kLanes * key_panel_bytes(), pairs_);
-    }
   }
 
-  // scores of rows [row, row + count) for positions `span` of a chunk, in whole panels.
-  void score(const ThreadScratch& t, int64_t row, int64_t count, Range span) const {
-    const int64_t c0 = span.begin / kAttentionChunk * kAttentionChunk;
-    const int64_t last = (span.end - c0 + kLanes - 1) / kLanes;
-    for (int64_t p = (span.begin - c0) / kLanes; p < last; p += kGroupPanels) {
-      const Product product{
-          .x = static_cast<const std::byte*>(t.queries) + row * shape_.head_dim * (pairs_ ? 2 : 4),
-          .x_stride = shape_.head_dim,
-          .rows = count,
-          .w = t.keys + p * key_panel_bytes(),
-          .panel_stride = key_panel_bytes(),
-          .panels = std::min(kGroupPanels, last - p),
-          .k = shape_.head_dim,
-          .c = t.scores + row * kAttentionChunk + p * kLanes,
-          .c_stride = kAttentionChunk};
-      (pairs_ ? kernels_.multiply_bf16 : kernels_.multiply_f32)(product);
+  // next: whose keys follow, and its span; or nullptr.
+  void find_units(const AttentionItem& item, Range span, int64_t rows, const AttentionItem* next,
+                  Range next_span, const ThreadScratch& t, Units& units) const {
+    const Range all = units_of(span);
+    units.count = all.size();
+    units.first = all.begin % kChunkUnits;
+    units.ahead = 0;
+    const bool widen = kv_.dtype == DType::kI8 && in_panels_ && rows > 2 * kTileRows;
+    if (kv_.k_row_scale != nullptr) {
+      row_scales(item, span, kv_.k_row_scale, t.key_scales);
+      row_scales(item, span, kv_.v_row_scale, t.value_scales);
+      units.key_scales = t.key_scales;
+      units.value_scales = t.value_scales;
     }
+    if (widen || !in_panels_) return unpack(item, span, widen, t, units);
+    units.type = type_of(kv_.dtype);
+    const std::byte** at = units.at;
+    at += stored_units(item, span, kv_.k, at);
+    at += stored_units(item, span, kv_.v, at);
+    units.ahead =
+        std::clamp<int64_t>(kAheadBytes / (kKvUnit * kv_.head_dim * element_), 1, kChunkUnits);
+    const std::byte** known = units.at + 2 * units.count;
+    if (next != nullptr) known += stored_units(*next, next_span, kv_.k, known);
+    // Where nothing is known: what is already there.
+    while (known < units.at + 2 * units.count + units.ahead) *known++ = units.at[0];
   }
 
-  // chunk_out (+)= weights * values over positions `span`.
-  void weigh(const ThreadScratch& t, int64_t row, int64_t count, Range span,
-             bool accumulate) const {
-    const int64_t c0 = span.begin / kAttentionChunk * kAttentionChunk;
-    const int64_t panels = padded_ / kLanes;
-    for (int64_t p = 0; p < panels; p += kGroupPanels) {
-      kernels_.multiply_f32(
-          {.x = t.scores + row * kAttentionChunk + (span.begin - c0),
-           .x_stride = kAttentionChunk,
-           .rows = count,
-           .w = reinterpret_cast<const std::byte*>(t.values + p * kAttentionChunk * kLanes +
-                                                   (span.begin - c0) * kLanes),
-           .panel_stride = kAttentionChunk * kLanes * 4,
-           .panels = std::min(kGroupPanels, panels - p),
-           .k = span.size(),
-           .c = t.chunk_out + row * padded_ + p * kLanes,
-           .c_stride = padded_,
-           .accumulate = accumulate});
-    }
-  }
-
-  // Rows that see different positions: what they share in one product, the rest one by one.
-  void weigh_ragged(const ThreadScratch& t, const Rows& rows, int64_t row, int64_t count,
-                    int64_t c) const {
-    Range common = rows.seen(row, c);
-    for (int64_t r = row; r < row + count; ++r) {
-      common.begin = std::max(common.begin, rows.seen(r, c).begin);
-      common.end = std::min(common.end, rows.seen(r, c).end);
-    }
-    std::fill_n(t.chunk_out + row * padded_, count * padded_, 0.0f);
-    const bool any = common.size() > 0;
-    for (int64_t r = row; r < row + count; ++r) {
-      const Range own = rows.seen(r, c);
-      const Range head{own.begin, any ? common.begin : own.end};
-      if (head.size() > 0) weigh(t, r, 1, head, true);
-    }
-    if (!any) return;
-    weigh(t, row, count, common, true);
-    for (int64_t r = row; r < row + count; ++r) {
-      const Range tail{common.end, rows.seen(r, c).end};
-      if (tail.size() > 0) weigh(t, r, 1, tail, true);
-    }
+  // Scores of rows [row, row + count) for positions `span` of a chunk, in whole units.
+  void score(const ThreadScratch& t, const Units& units, int64_t row, int64_t count,
+             Range span) const {
+    const Range own = units_of(span);
+    const int64_t first = own.begin % kChunkUnits - units.first;
+    kernels_.scores(
+        {.type = units.type,
+         .pairs = pairs_,
+         .q = static_cast<const std::byte*>(t.queries) + row * shape_.head_dim * (pairs_ ? 2 : 4),
+         .q_stride = shape_.head_dim,
+         .rows = count,
+         .units = units.at + first,
+         .next = units.ahead > 0 ? units.at + first + units.ahead : nullptr,
+         .count = own.size(),
+         .k = shape_.head_dim,
+         .s = t.scores + row * kAttentionChunk + (units.first + first) * kKvUnit,
+         .s_stride = kAttentionChunk});
   }
 
   // (max, sum, output) of every row for chunk c.
-  void run_chunk(const AttentionItem& item, const Rows& rows, int64_t c,
-                 const ThreadScratch& t) const {
-    const Range first = rows.seen(0, c);
-    const Range last = rows.seen(rows.count - 1, c);
+  void run_chunk(const AttentionItem& item, const Rows& rows, int64_t c, Range span,
+                 const AttentionItem* next, Range next_span, const ThreadScratch& t) const {
     const int64_t c0 = c * kAttentionChunk;
-    const Range span{std::min(std::max(rows.seen(0).begin, c0), c0 + kAttentionChunk), last.end};
-    pack(item, span, rows.seen(rows.count - 1).end, t);
-    const bool same = first == last && first.size() > 0;
-    if (same) {
-      score(t, 0, rows.count, span);
+    Units units;
+    find_units(item, span, rows.count, next, next_span, t, units);
+    if (rows.seen(0, c) == rows.seen(rows.count - 1, c) && rows.seen(0, c).size() > 0) {
+      score(t, units, 0, rows.count, span);
     } else {
       for (int64_t r = 0; r < rows.count; r += kTileRows) {
         const int64_t count = std::min(kTileRows, rows.count - r);
         const Range tile{std::max(span.begin, rows.seen(r, c).begin),
                          rows.seen(r + count - 1, c).end};
-        if (tile.size() > 0) score(t, r, count, tile);
+        if (tile.size() > 0) score(t, units, r, count, tile);
       }
     }
     for (int64_t r = 0; r < rows.count; ++r) {
       const Range own = rows.seen(r, c);
+      t.begin[r] = static_cast<int32_t>(own.begin - c0);
+      t.end[r] = static_cast<int32_t>(own.end - c0);
+      float* s = t.scores + r * kAttentionChunk;
       if (own.size() > 0)
-        kernels_.softmax(t.scores + r * kAttentionChunk, own.begin - c0, own.end - c0,
-                         shape_.scale, t.chunk_max + r, t.chunk_sum + r);
+        kernels_.softmax(s, t.begin[r], t.end[r], shape_.scale, units.key_scales,
+                         units.value_scales, s, pairs_, t.chunk_max + r, t.chunk_sum + r);
     }
-    if (same) {
-      weigh(t, 0, rows.count, span, false);
-    } else {
-      for (int64_t r = 0; r < rows.count; r += kTileRows)
-        weigh_ragged(t, rows, r, std::min(kTileRows, rows.count - r), c);
-    }
+    // at[i] of the values is unit `first + i`; the kernel counts from the chunk's beginning and
+    // touches no unit before.
+    const std::byte* const* values = units.at + units.count - units.first;
+    kernels_.values({.type = units.type,
+                     .pairs = pairs_,
+                     .p = t.scores,
+                     .p_stride = kAttentionChunk * (pairs_ ? 2 : 1),
+                     .rows = rows.count,
+                     .begin = t.begin,
+                     .end = t.end,
+                     .units = values,
+                     .next = units.ahead > 0 ? values + units.ahead : nullptr,
+                     .panels = padded_ / kLanes,
+                     .o = t.chunk_out,
+                     .o_stride = padded_});
   }
 
-  void write(const Rows& rows, int64_t r, const float* o, float sum) const {
+  void write(const Rows& rows, int64_t kv_head, int64_t r, const float* o, float sum) const {
     const int64_t at = (rows.first_token + r / rows.heads) * out_.stride +
                        (rows.first_head + r % rows.heads) * shape_.head_dim;
-    kernels_.divide(o, sum, shape_.head_dim,
+    const int64_t channel = kv_head * shape_.head_dim;
+    kernels_.divide(o, sum, kv_.v_offset != nullptr ? kv_.v_offset + channel : nullptr,
+                    kv_.v_scale != nullptr ? kv_.v_scale + channel : nullptr, shape_.head_dim,
                     static_cast<std::byte*>(out_.data) +
                         at * static_cast<int64_t>(tensor::dtype_bytes(out_.dtype)),
                     out_.dtype == DType::kBF16);
   }
 
-  void run_item(const AttentionItem& item, const ThreadScratch& t) const {
+  // What any of the rows sees of chunk c.
+  static Range span_of(const Rows& rows, int64_t c) {
+    const int64_t c0 = c * kAttentionChunk;
+    return {std::max(rows.seen(0).begin, c0),
+            std::min(rows.seen(rows.count - 1).end, c0 + kAttentionChunk)};
+  }
+
+  // after: what this thread does next, or nullptr.
+  void run_item(const AttentionItem& item, const AttentionItem* after,
+                const ThreadScratch& t) const {
     const Rows rows = rows_of(item);
-    gather_queries(rows, t.queries);
+    gather_queries(rows, item.kv_head, t.queries);
     for (int64_t c = item.chunk_begin; c < item.chunk_end; ++c) {
-      run_chunk(item, rows, c, t);
+      const AttentionItem* next = c + 1 < item.chunk_end ? &item : after;
+      Range next_span;
+      if (next != nullptr)
+        next_span =
+            next == &item ? span_of(rows, c + 1) : span_of(rows_of(*next), next->chunk_begin);
+      run_chunk(item, rows, c, span_of(rows, c), next, next_span, t);
       for (int64_t r = 0; r < rows.count; ++r) {
         if (rows.seen(r, c).size() == 0) continue;
         const float* o = t.chunk_out + r * padded_;
         if (item.partial >= 0) {
-          float* p = partial(item.partial + r);
+          float* p = partial(item.partial + (c - item.chunk_begin) * rows.count + r);
           std::copy_n(o, padded_, p);
           p[padded_] = t.chunk_max[r];
           p[padded_ + 1] = t.chunk_sum[r];
@@ -343,20 +423,21 @@ class Attention {
           t.max[r] = t.chunk_max[r];
           t.sum[r] = t.chunk_sum[r];
         } else {
-          kernels_.merge(t.max + r, t.sum + r, t.out + r * padded_, t.chunk_max[r],
-                         t.chunk_sum[r], o, padded_);
+          kernels_.merge(t.max + r, t.sum + r, t.out + r * padded_, t.chunk_max[r], t.chunk_sum[r],
+                         o, padded_);
         }
       }
     }
     if (item.partial < 0)
-      for (int64_t r = 0; r < rows.count; ++r) write(rows, r, t.out + r * padded_, t.sum[r]);
+      for (int64_t r = 0; r < rows.count; ++r)
+        write(rows, item.kv_head, r, t.out + r * padded_, t.sum[r]);
   }
 
-  void merge_siblings(const AttentionItem& item) const {
+  void merge_chunks(const AttentionItem& item) const {
     const Rows rows = rows_of(item);
     for (int64_t r = 0; r < rows.count; ++r) {
       float* all = nullptr;
-      for (int64_t i = 0; i < item.siblings; ++i) {
+      for (int64_t i = 0; i < item.block_chunks; ++i) {
         if (rows.seen(r, item.chunk_begin + i).size() == 0) continue;
         float* p = partial(item.partial + i * rows.count + r);
         if (all == nullptr)
@@ -365,7 +446,7 @@ class Attention {
           kernels_.merge(all + padded_, all + padded_ + 1, all, p[padded_], p[padded_ + 1], p,
                          padded_);
       }
-      write(rows, r, all, all[padded_ + 1]);
+      write(rows, item.kv_head, r, all, all[padded_ + 1]);
     }
   }
 
@@ -377,8 +458,10 @@ class Attention {
   const AttentionShape& shape_;
   const KvLayer& kv_;
   const MatrixView& out_;
-  const int64_t padded_;  // head_dim in whole lanes
-  const bool pairs_;      // scores by vdpbf16ps
+  const int64_t padded_;   // head_dim in whole lanes
+  const bool pairs_;       // products by vdpbf16ps
+  const bool in_panels_;   // the KV cache
+  const int64_t element_;  // bytes of one of its elements
 };
 
 }  // namespace

@@ -29,6 +29,43 @@ struct Product {
   const std::byte* next = nullptr;  // what will be read next, laid out as w; nullptr if unknown
 };
 
+// The KV cache as the products of attention read it: units of 16 positions of one head, laid out as
+// in kv_layout.h (keys: a panel; values: 8 rows of pairs, or 16 rows of f32).
+enum class KvType { kF32, kBF16, kI8 };
+
+// s[m][16 * u + i] = sum over k, ascending, of unit u [k][i] * q[m][k].
+struct Scores {
+  KvType type = KvType::kBF16;
+  bool pairs = false;       // by pairs, with bf16 q: Kernels::pairs, and keys that are not f32
+  const void* q = nullptr;  // else f32
+  int64_t q_stride = 0;     // elements
+  int64_t rows = 0;
+  const std::byte* const* units = nullptr;
+  const std::byte* const* next =
+      nullptr;        // one for each unit: what to ask for meanwhile; or nullptr
+  int64_t count = 0;  // units
+  int64_t k = 0;      // head_dim
+  float* s = nullptr;
+  int64_t s_stride = 0;
+};
+
+// o[m][i] = sum over the positions begin[m] <= j < end[m], ascending, of p[m][j] * value[j][i]. No
+// other value is touched. Rows with begin == end give anything.
+struct Values {
+  KvType type = KvType::kBF16;
+  bool pairs = false;
+  const void* p = nullptr;  // as q; zeros between begin and end of a row and the pairs' bounds
+  int64_t p_stride = 0;
+  int64_t rows = 0;
+  const int32_t* begin = nullptr;
+  const int32_t* end = nullptr;
+  const std::byte* const* units = nullptr;  // of positions 0 ... 15, 16 ... 31, ...
+  const std::byte* const* next = nullptr;   // as in Scores
+  int64_t panels = 0;                       // head_dim / 16, rounded up
+  float* o = nullptr;
+  int64_t o_stride = 0;
+};
+
 struct Kernels {
   bool pairs = false;  // multiply_bf16 takes bf16 inputs
   void (*multiply_bf16)(const Product&) = nullptr;
@@ -52,22 +89,30 @@ struct Kernels {
   void (*rope)(const void* in, bool in_bf16, const float* cos, const float* sin, int64_t half,
                int64_t head_dim, void* out, bool out_bf16) = nullptr;
 
-  // 16 key rows (nullptr: zeros) into a panel: f32 [k][16], or bf16 pairs [k / 2][16][2].
-  void (*pack_keys)(const std::byte* const* rows, bool in_bf16, int64_t k, void* panel,
-                    bool panel_bf16) = nullptr;
-  // `count` value rows into f32 panels [head_dim / 16][..][16], `panel_stride` floats apart.
-  void (*pack_values)(const std::byte* const* rows, bool in_bf16, int64_t count, int64_t head_dim,
-                      float* out, int64_t panel_stride) = nullptr;
-  // Asks for `bytes` of each row.
-  void (*prefetch_rows)(const std::byte* const* rows, int64_t count, int64_t bytes) = nullptr;
-  // s[j] = exp(s[j] * scale - max) for begin <= j < end.
-  void (*softmax)(float* s, int64_t begin, int64_t end, float scale, float* max,
-                  float* sum) = nullptr;
+  // The products of attention.
+  void (*scores)(const Scores&) = nullptr;
+  void (*values)(const Values&) = nullptr;
+  // max = scale * (largest s[j] * key_scale[j]), scale > 0;
+  // p[j] = exp(fma(s[j] * key_scale[j], scale, -max)) * value_scale[j] for begin <= j < end, and
+  // zeros in the rest of the first and the last 16; sum is that of the exponentials. s is 64-byte
+  // aligned; p may lie over it. Scales of positions may be nullptr.
+  void (*softmax)(const float* s, int64_t begin, int64_t end, float scale, const float* key_scale,
+                  const float* value_scale, void* p, bool p_bf16, float* max, float* sum) = nullptr;
   // (max, sum, o) merged with those of the next chunk. n a multiple of 16.
   void (*merge)(float* max, float* sum, float* o, float chunk_max, float chunk_sum,
                 const float* chunk_o, int64_t n) = nullptr;
-  // out = o / sum.
-  void (*divide)(const float* o, float sum, int64_t n, void* out, bool out_bf16) = nullptr;
+  // out = (o / sum - offset) * scale; offset and scale may be nullptr.
+  void (*divide)(const float* o, float sum, const float* offset, const float* scale, int64_t n,
+                 void* out, bool out_bf16) = nullptr;
+  // out = in * scale.
+  void (*scale)(const void* in, bool in_bf16, const float* scale, int64_t n, void* out,
+                bool out_bf16) = nullptr;
+  // int8 as KvLayer says: with `scale` (and offset or nullptr), or, without, by the row's own,
+  // which is returned.
+  float (*quantise)(const float* x, const float* scale, const float* offset, int64_t n,
+                    int8_t* out) = nullptr;
+  // n values to bf16, exact. n a multiple of 16.
+  void (*widen_i8)(const int8_t* in, int64_t n, uint16_t* out) = nullptr;
 
   // For benchmarks: what the core can do at best. Floating-point operations done by `steps` steps
   // of independent chains of products (pairs: by vdpbf16ps; else f32).

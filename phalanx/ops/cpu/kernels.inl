@@ -4,9 +4,10 @@
 //                  load_f16(p), even_bf16(p) and odd_bf16(p) (of 16 pairs), store(p, v),
 //                  store_n(p, n, v), store_bf16(p, v), store_bf16_n(p, n, v), add, sub, mul, div,
 //                  fma(a, b, c) = a * b + c, max (the second operand if either is NaN),
-//                  negate, scale_of(shifted) = 2^n, below(x, limit, then, else), above, sum(v)
-//   load_words(p) (16 words of 32 bits), low_half(v) and high_half(v) (bf16 pairs, widened),
-//   transpose(V (&)[16])
+//                  negate, times_two_to(p, n, shifted, x, limit) = p * 2^n, 0 where x < limit
+//                  (shifted: n + 1.5 * 2^23), above(x, limit, then, else), sum(v)
+//   even_i8(p), odd_i8(p) (of 16 pairs), load_i8(p), store_i8_n(p, n, v) (nearest even, clamped,
+//   NaN: 0), magnitude(v)
 //   keep_alive(v)  the compiler must not look through v
 //   kPeakChains    independent chains that fill the units and fit the registers
 //   kTilePanels(rows)  panels of a register tile with `rows` rows
@@ -15,7 +16,10 @@
 using phalanx::ops::cpu::kGroupPanels;
 using phalanx::ops::cpu::kTileRows;
 using phalanx::ops::cpu::Kernels;
+using phalanx::ops::cpu::KvType;
 using phalanx::ops::cpu::Product;
+using phalanx::ops::cpu::Scores;
+using phalanx::ops::cpu::Values;
 
 // --- Products --------------------------------------------------------------------------------
 
@@ -33,6 +37,11 @@ struct WeightsBf16 {
   using X = float;
   static constexpr int kStep = 2;
   static constexpr int64_t kBytes = 64;
+};
+struct WeightsI8 {  // pairs, for attention only
+  using X = float;
+  static constexpr int kStep = 2;
+  static constexpr int64_t kBytes = 32;
 };
 
 template <int kRows, int kPanels>
@@ -77,6 +86,41 @@ struct Tile {
     for (int p = 0; p < kPanels; ++p) v[p] = odd_bf16(w + p * stride);
     fma_all(v, x + 1, x_stride);
   }
+  inline __attribute__((always_inline)) void step(WeightsI8, const std::byte* w, int64_t stride,
+                                                  const float* x, int64_t x_stride) {
+    V v[kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) v[p] = even_i8(w + p * stride);
+    fma_all(v, x, x_stride);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) v[p] = odd_i8(w + p * stride);
+    fma_all(v, x + 1, x_stride);
+  }
+  // A step of which row m takes only positions begin[m] <= j < end[m]; j of the step's first one.
+  template <typename W>
+  inline __attribute__((always_inline)) void ragged(W, const std::byte* w, int64_t stride,
+                                                    const float* x, int64_t x_stride, int64_t j,
+                                                    const int32_t* begin, const int32_t* end) {
+#pragma GCC unroll 2
+    for (int h = 0; h < W::kStep; ++h) {
+#pragma GCC unroll 6
+      for (int m = 0; m < kRows; ++m) {
+        if (j + h < begin[m] || j + h >= end[m]) continue;
+        const V value = set1(x[m * x_stride + h]);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
+          V v;
+          if constexpr (__is_same(W, WeightsF32))
+            v = load(reinterpret_cast<const float*>(w + p * stride));
+          else if constexpr (__is_same(W, WeightsI8))
+            v = h == 0 ? even_i8(w + p * stride) : odd_i8(w + p * stride);
+          else
+            v = h == 0 ? even_bf16(w + p * stride) : odd_bf16(w + p * stride);
+          acc[m][p] = fma(v, value, acc[m][p]);
+        }
+      }
+    }
+  }
   // The last k of an odd number.
   template <typename W>
   inline __attribute__((always_inline)) void last(W, const std::byte* w, int64_t stride,
@@ -86,18 +130,21 @@ struct Tile {
     for (int p = 0; p < kPanels; ++p) {
       if constexpr (__is_same(W, WeightsF16))
         v[p] = load_f16(w + p * stride);
+      else if constexpr (__is_same(W, WeightsI8))
+        v[p] = even_i8(w + p * stride);
       else
         v[p] = even_bf16(w + p * stride);
     }
     fma_all(v, x, x_stride);
   }
 #ifdef PHALANX_PAIRS
-  inline __attribute__((always_inline)) void pair(const std::byte* w, int64_t stride,
+  template <typename W>
+  inline __attribute__((always_inline)) void pair(W, const std::byte* w, int64_t stride,
                                                   const uint16_t* x, int64_t x_stride,
                                                   bool second) {
     __m512bh v[kPanels];
 #pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) v[p] = (__m512bh)_mm512_loadu_si512(w + p * stride);
+    for (int p = 0; p < kPanels; ++p) v[p] = W::load(w + p * stride);
 #pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
       uint32_t two = 0;
@@ -108,13 +155,46 @@ struct Tile {
         acc[m][p].v = _mm512_dpbf16_ps(acc[m][p].v, v[p], value);
     }
   }
-  inline __attribute__((always_inline)) void step(WeightsPairs, const std::byte* w, int64_t stride,
-                                                  const uint16_t* x, int64_t x_stride) {
-    pair(w, stride, x, x_stride, true);
+  // The values that a row must not see are taken as zeros.
+  template <typename W>
+  inline __attribute__((always_inline)) void ragged(W, const std::byte* w, int64_t stride,
+                                                    const uint16_t* x, int64_t x_stride, int64_t j,
+                                                    const int32_t* begin, const int32_t* end) {
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; ++m) {
+      const uint32_t mask = (j >= begin[m] && j < end[m] ? 0x0000ffffu : 0u) |
+                            (j + 1 >= begin[m] && j + 1 < end[m] ? 0xffff0000u : 0u);
+      if (mask == 0) continue;
+      uint32_t two = 0;
+      __builtin_memcpy(&two, x + m * x_stride, 4);
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(two & mask));
+      const __m512i seen = _mm512_set1_epi32(static_cast<int>(mask));
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p)
+        acc[m][p].v = _mm512_dpbf16_ps(
+            acc[m][p].v,
+            (__m512bh)_mm512_and_si512((__m512i)W::load(w + p * stride), seen), value);
+    }
   }
-  inline __attribute__((always_inline)) void last(WeightsPairs, const std::byte* w, int64_t stride,
-                                                  const uint16_t* x, int64_t x_stride) {
-    pair(w, stride, x, x_stride, false);
+  inline __attribute__((always_inline)) void step(WeightsPairsI8 type, const std::byte* w,
+                                                  int64_t stride, const uint16_t* x,
+                                                  int64_t x_stride) {
+    pair(type, w, stride, x, x_stride, true);
+  }
+  inline __attribute__((always_inline)) void last(WeightsPairsI8 type, const std::byte* w,
+                                                  int64_t stride, const uint16_t* x,
+                                                  int64_t x_stride) {
+    pair(type, w, stride, x, x_stride, false);
+  }
+  inline __attribute__((always_inline)) void step(WeightsPairs type, const std::byte* w,
+                                                  int64_t stride, const uint16_t* x,
+                                                  int64_t x_stride) {
+    pair(type, w, stride, x, x_stride, true);
+  }
+  inline __attribute__((always_inline)) void last(WeightsPairs type, const std::byte* w,
+                                                  int64_t stride, const uint16_t* x,
+                                                  int64_t x_stride) {
+    pair(type, w, stride, x, x_stride, false);
   }
 #endif
 };
@@ -262,8 +342,8 @@ inline const void* at(const void* p, bool bf16, int64_t i) {
   return static_cast<const std::byte*>(p) + i * (bf16 ? 2 : 4);
 }
 
-// The sequence of ref::exp32.
-inline V exp(V x) {
+// The sequence of ref::exp32, for arguments that are not large (NaN stays NaN).
+inline V exp_to_88(V x) {
   const V magic = set1(12582912.0f);
   const V shifted = fma(x, set1(1.44269504088896341f), magic);
   const V n = sub(shifted, magic);
@@ -276,10 +356,9 @@ inline V exp(V x) {
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
   p = add(fma(p, mul(r, r), r), set1(1.0f));
-  p = mul(p, scale_of(shifted));
-  p = above(x, set1(88.37f), set1(__builtin_inff()), p);
-  return below(x, set1(-87.33f), zero(), p);
+  return times_two_to(p, n, shifted, x, set1(-87.33f));
 }
+inline V exp(V x) { return above(x, set1(88.37f), set1(__builtin_inff()), exp_to_88(x)); }
 
 void finish(const float* c, int64_t c_stride, int64_t rows, int64_t cols, const float* bias,
             void* out, int64_t out_stride, bool out_bf16) {
@@ -353,90 +432,7 @@ void rope(const void* in, bool in_bf16, const float* cos, const float* sin, int6
 
 // --- Attention -------------------------------------------------------------------------------
 
-// 16 rows, `words` 32-bit words each: whole blocks of 16 words are transposed in registers.
-// put(word, v): the 16 rows' values of one word.
-template <typename Put>
-inline __attribute__((always_inline)) void transpose_rows(const std::byte* const* rows,
-                                                          int64_t words, Put put) {
-  alignas(64) static constexpr std::byte kZeros[64] = {};
-  for (int64_t i = 0; i < words; i += 16) {
-    V v[16];
-    if (words - i >= 16) {
-#pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r)
-        v[r] = load_words(rows[r] != nullptr ? rows[r] + 4 * i : kZeros);
-    } else {
-      for (int r = 0; r < 16; ++r) {
-        std::byte part[64] = {};
-        if (rows[r] != nullptr)
-          __builtin_memcpy(part, rows[r] + 4 * i, static_cast<size_t>(words - i) * 4);
-        v[r] = load_words(part);
-      }
-    }
-    transpose(v);
-#pragma GCC unroll 16
-    for (int w = 0; w < 16; ++w)
-      if (i + w < words) put(i + w, v[w]);
-  }
-}
-
-void pack_keys(const std::byte* const* rows, bool in_bf16, int64_t k, void* panel,
-               bool panel_bf16) {
-  auto* out = static_cast<float*>(panel);
-  if (!in_bf16) {
-    transpose_rows(rows, k, [&](int64_t i, V v) { store(out + 16 * i, v); });
-  } else if (panel_bf16) {
-    transpose_rows(rows, k / 2, [&](int64_t i, V v) { store(out + 16 * i, v); });
-  } else {
-    transpose_rows(rows, k / 2, [&](int64_t i, V v) {
-      store(out + 32 * i, low_half(v));
-      store(out + 32 * i + 16, high_half(v));
-    });
-  }
-  if (in_bf16 && k % 2 != 0) {
-    float lanes[16];
-    for (int r = 0; r < 16; ++r) {
-      uint16_t value = 0;
-      if (rows[r] != nullptr) __builtin_memcpy(&value, rows[r] + 2 * (k - 1), 2);
-      const uint32_t word = panel_bf16 ? value : static_cast<uint32_t>(value) << 16;
-      __builtin_memcpy(lanes + r, &word, 4);
-    }
-    store(out + (panel_bf16 ? k / 2 : k - 1) * 16, load(lanes));
-  }
-}
-
-void pack_values(const std::byte* const* rows, bool in_bf16, int64_t count, int64_t head_dim,
-                 float* out, int64_t panel_stride) {
-  for (int64_t r = 0; r < count; ++r) {
-    float* to = out + 16 * r;
-    for (int64_t i = 0; i < head_dim; i += 16, to += panel_stride)
-      store(to, load_any(rows[r], in_bf16, i, head_dim));
-  }
-}
-
-void prefetch_rows(const std::byte* const* rows, int64_t count, int64_t bytes) {
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[r] + i, 0, 3);
-}
-
-void softmax(float* s, int64_t begin, int64_t end, float scale, float* max_out, float* sum_out) {
-  const int64_t first = begin / 16 * 16;
-  auto score = [&](int64_t j) { return mul(load(s + j), set1(scale)); };
-  auto full = [&](int64_t j) { return j >= begin && j + 16 <= end; };
-  V top = set1(-__builtin_inff());
-  for (int64_t j = first; j < end; j += 16)
-    top = max(top, full(j) ? score(j) : keep(score(j), begin - j, end - j, -__builtin_inff()));
-  const float m = largest(top);
-  V total = zero();
-  for (int64_t j = first; j < end; j += 16) {
-    V p = exp(sub(score(j), set1(m)));
-    if (!full(j)) p = keep(p, begin - j, end - j, 0.0f);
-    store(s + j, p);
-    total = add(total, p);
-  }
-  *max_out = m;
-  *sum_out = sum(total);
-}
+#include "phalanx/ops/cpu/attention.inl"
 
 void merge(float* max_io, float* sum_io, float* o, float chunk_max, float chunk_sum,
            const float* chunk_o, int64_t n) {
@@ -451,10 +447,15 @@ void merge(float* max_io, float* sum_io, float* o, float chunk_max, float chunk_
     store(o + i, fma(load(o + i), a, mul(load(chunk_o + i), b)));
 }
 
-void divide(const float* o, float sum, int64_t n, void* out, bool out_bf16) {
+void divide(const float* o, float sum, const float* offset, const float* scale, int64_t n,
+            void* out, bool out_bf16) {
   const V s = set1(sum);
-  for (int64_t i = 0; i < n; i += 16)
-    store_any(out, out_bf16, i, n, div(load_any(o, false, i, n), s));
+  for (int64_t i = 0; i < n; i += 16) {
+    V v = div(load_any(o, false, i, n), s);
+    if (offset != nullptr) v = sub(v, load_any(offset, false, i, n));
+    if (scale != nullptr) v = mul(v, load_any(scale, false, i, n));
+    store_any(out, out_bf16, i, n, v);
+  }
 }
 
 // --- Floors ----------------------------------------------------------------------------------
@@ -519,9 +520,11 @@ constexpr Kernels make_kernels() {
   k.add = add_rows;
   k.rms_norm = rms_norm;
   k.rope = rope;
-  k.pack_keys = pack_keys;
-  k.pack_values = pack_values;
-  k.prefetch_rows = prefetch_rows;
+  k.scores = scores;
+  k.values = values;
+  k.scale = scale;
+  k.quantise = quantise;
+  k.widen_i8 = widen_i8;
   k.softmax = softmax;
   k.merge = merge;
   k.divide = divide;

@@ -62,8 +62,8 @@ inline void store_n(float* p, int64_t n, V v) {
 inline __m256i round_bf16(__m256 x) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i r = _mm256_srli_epi32(
-      _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i r =
+      _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(r, quiet, nan);
@@ -93,10 +93,11 @@ inline __m256 scale_of(__m256 shifted) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23),
                                               _mm256_set1_epi32(0x3f800000)));
 }
-inline V scale_of(V shifted) { return {scale_of(shifted.lo), scale_of(shifted.hi)}; }
-inline V below(V x, V limit, V yes, V no) {
-  return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(x.lo, limit.lo, _CMP_LT_OQ)),
-          _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(x.hi, limit.hi, _CMP_LT_OQ))};
+inline V times_two_to(V p, V, V shifted, V x, V limit) {
+  return {_mm256_and_ps(_mm256_mul_ps(p.lo, scale_of(shifted.lo)),
+                        _mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ)),
+          _mm256_and_ps(_mm256_mul_ps(p.hi, scale_of(shifted.hi)),
+                        _mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ))};
 }
 inline V above(V x, V limit, V yes, V no) {
   return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(x.lo, limit.lo, _CMP_GT_OQ)),
@@ -123,58 +124,44 @@ inline float largest(V x) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
-inline float square_root(float x) {
-  return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
-}
+inline float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 
 inline __attribute__((always_inline)) void keep_alive(V& v) {
   __asm__ volatile("" : "+x"(v.lo), "+x"(v.hi));
 }
 
-inline V load_words(const std::byte* p) {
-  return {_mm256_castsi256_ps(load_int(p)), _mm256_castsi256_ps(load_int(p + 32))};
+inline __m256 i8_to_ps(__m128i eight) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight)); }
+inline __m256 words_to_ps(__m128i eight) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(eight));
 }
-inline V low_half(V w) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(w.lo), 16)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(w.hi), 16))};
+inline V even_i8(const std::byte* p) {
+  const __m256i words = load_int(p);
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(words, 8), 8);
+  return {words_to_ps(_mm256_castsi256_si128(even)),
+          words_to_ps(_mm256_extracti128_si256(even, 1))};
 }
-inline V high_half(V w) {
-  const __m256 high = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0xffff0000u)));
-  return {_mm256_and_ps(w.lo, high), _mm256_and_ps(w.hi, high)};
+inline V odd_i8(const std::byte* p) {
+  const __m256i odd = _mm256_srai_epi16(load_int(p), 8);
+  return {words_to_ps(_mm256_castsi256_si128(odd)), words_to_ps(_mm256_extracti128_si256(odd, 1))};
 }
-
-inline void transpose(__m256 (&r)[8]) {
-  __m256 a[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  __m256 b[8];
-  for (int i = 0; i < 8; i += 4) {
-    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
-    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-    r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
-  }
+inline V load_i8(const int8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {i8_to_ps(v), i8_to_ps(_mm_srli_si128(v, 8))};
 }
-// v[i] lane j <-> v[j] lane i.
-inline void transpose(V (&v)[16]) {
-  __m256 q[4][8];
-  for (int i = 0; i < 8; ++i) {
-    q[0][i] = v[i].lo;
-    q[1][i] = v[i].hi;
-    q[2][i] = v[8 + i].lo;
-    q[3][i] = v[8 + i].hi;
-  }
-  for (auto& quarter : q) transpose(quarter);
-  for (int i = 0; i < 8; ++i) {
-    v[i] = {q[0][i], q[2][i]};
-    v[8 + i] = {q[1][i], q[3][i]};
-  }
+inline __m256i to_clamped_int(__m256 x) {
+  __m256 v = _mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q));
+  v = _mm256_min_ps(_mm256_max_ps(v, _mm256_set1_ps(-128.0f)), _mm256_set1_ps(127.0f));
+  return _mm256_cvtps_epi32(v);
+}
+inline void store_i8_n(int8_t* p, int64_t n, V x) {
+  alignas(32) int32_t whole[16];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(whole), to_clamped_int(x.lo));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(whole + 8), to_clamped_int(x.hi));
+  for (int64_t i = 0; i < 16 && i < n; ++i) p[i] = static_cast<int8_t>(whole[i]);
+}
+inline V magnitude(V x) {
+  const __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(x.lo, all), _mm256_and_ps(x.hi, all)};
 }
 
 #include "phalanx/ops/cpu/kernels.inl"

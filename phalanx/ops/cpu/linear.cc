@@ -1,8 +1,8 @@
 #include <algorithm>
-#include <atomic>
 
 #include "phalanx/ops/cpu/cpu.h"
 #include "phalanx/ops/cpu/kernels.h"
+#include "phalanx/ops/cpu/runs.h"
 #include "phalanx/ops/packing.h"
 #include "phalanx/ops/scratch.h"
 
@@ -12,19 +12,6 @@ namespace {
 using tensor::Range;
 constexpr int64_t kPanel = tensor::kPanelRows;
 constexpr int64_t kSumStride = kGroupPanels * kPanel;
-
-// Hands out [0, count) in contiguous runs, long ones first, so that a thread streams through
-// memory and yet nobody waits long at the end.
-Range take_run(std::atomic<int64_t>& next, int64_t count, int64_t threads) {
-  int64_t begin = next.load(std::memory_order_relaxed);
-  for (;;) {
-    if (begin >= count) return {};
-    const int64_t run =
-        threads == 1 ? count : std::max<int64_t>(1, (count - begin) / (2 * threads));
-    if (next.compare_exchange_weak(begin, begin + run, std::memory_order_relaxed))
-      return {begin, begin + run};
-  }
-}
 
 // How a product is cut: items of `unit` panels by `block` tokens, all tokens of a unit in a row.
 struct Plan {
@@ -121,7 +108,9 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
     while (now.size() > 0) {
       const Range then = take_run(scratch.next_item, count, threads);
       for (int64_t item = now.begin; item < now.end; ++item) {
-        const int64_t following = item + 1 < now.end ? item + 1 : then.size() > 0 ? then.begin : item;
+        const int64_t following = item + 1 < now.end ? item + 1
+                                  : then.size() > 0  ? then.begin
+                                                     : item;
         run_item(sums, item, weights_of(following));
       }
       now = then;
@@ -153,11 +142,10 @@ void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const
   multiply(ctx, x, w.panels, [&](const float* sums, Range panels, Range tokens) {
     const int64_t n = panels.begin / 2 * kPanel;
     const int64_t cols = std::min(panels.end / 2 * kPanel, w.rows) - n;
-    kernels.finish_gated(sums, kSumStride, tokens.size(), cols,
-                         gate_bias != nullptr ? gate_bias + n : nullptr,
-                         up_bias != nullptr ? up_bias + n : nullptr,
-                         out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes,
-                         out.stride, bf16);
+    kernels.finish_gated(
+        sums, kSumStride, tokens.size(), cols, gate_bias != nullptr ? gate_bias + n : nullptr,
+        up_bias != nullptr ? up_bias + n : nullptr,
+        out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes, out.stride, bf16);
   });
 }
 

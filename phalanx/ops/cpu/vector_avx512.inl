@@ -7,7 +7,7 @@ struct V {
 constexpr int kPeakChains = 12;
 constexpr int kTilePanels(int) { return 4; }
 
-inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
 inline V zero() { return {_mm512_setzero_ps()}; }
 inline V set1(float x) { return {_mm512_set1_ps(x)}; }
 inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -56,13 +56,8 @@ inline V div(V a, V b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline V max(V a, V b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V negate(V a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
-inline V scale_of(V shifted) {
-  return {_mm512_castsi512_ps(
-      _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(shifted.v), 23),
-                       _mm512_set1_epi32(0x3f800000)))};
-}
-inline V below(V x, V limit, V yes, V no) {
-  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), no.v, yes.v)};
+inline V times_two_to(V p, V n, V, V x, V limit) {
+  return {_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), p.v, n.v)};
 }
 inline V above(V x, V limit, V yes, V no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_GT_OQ), no.v, yes.v)};
@@ -89,42 +84,25 @@ inline float largest(V x) {
 inline float square_root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
 inline __attribute__((always_inline)) void keep_alive(V& v) { __asm__ volatile("" : "+v"(v.v)); }
 
-inline V load_words(const std::byte* p) { return {_mm512_castsi512_ps(_mm512_loadu_si512(p))}; }
-inline V low_half(V words) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(words.v), 16))};
+inline __m512i pairs_i8(const std::byte* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline V high_half(V words) {
-  return {_mm512_castsi512_ps(_mm512_and_si512(
-      _mm512_castps_si512(words.v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+inline V even_i8(const std::byte* p) {
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs_i8(p), 16), 16))};
 }
-
-// v[i] lane j <-> v[j] lane i.
-inline __attribute__((always_inline)) void transpose(V (&v)[16]) {
-  __m512 a[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
-    a[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
-  }
-  __m512 b[16];
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    auto pd = [](__m512 x) { return _mm512_castps_pd(x); };
-    b[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(a[i]), pd(a[i + 2])));
-    b[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(a[i]), pd(a[i + 2])));
-    b[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(a[i + 1]), pd(a[i + 3])));
-    b[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(a[i + 1]), pd(a[i + 3])));
-  }
-  // b[4 g + c] holds, in quarter q, rows 4 g ... 4 g + 3 of column 4 q + c.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);    // quarters 0, 2
-    const __m512 low23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
-    const __m512 high01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);   // quarters 1, 3
-    const __m512 high23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
-    v[c].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
-    v[8 + c].v = _mm512_shuffle_f32x4(low01, low23, 0xdd);
-    v[4 + c].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
-    v[12 + c].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
-  }
+inline V odd_i8(const std::byte* p) {
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(pairs_i8(p), 16))};
+}
+inline V load_i8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline void store_i8_n(int8_t* p, int64_t n, V x) {
+  __m512 v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q), x.v);
+  v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-128.0f)), _mm512_set1_ps(127.0f));
+  _mm_mask_storeu_epi8(p, first_lanes(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+inline V magnitude(V x) {
+  return {_mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff)))};
 }
