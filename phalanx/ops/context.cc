@@ -51,7 +51,8 @@ const cpu::Kernels* cpu::kernels_of(Isa isa) {
 const cpu::IntegerKernels* cpu::integer_kernels_of(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
-    case Isa::kAvx2: return &cpu::avx2_integer_kernels();
+    case Isa::kAvx2:
+      return &cpu::avx2_integer_kernels();
     // Sums of integers are exact: every path of them gives the same bits.
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512vnni") ? &cpu::avx512_integer_kernels()
@@ -59,7 +60,8 @@ const cpu::IntegerKernels* cpu::integer_kernels_of(Isa isa) {
     case Isa::kAvx512Bf16:
       return __builtin_cpu_supports("avx512vbmi") ? &cpu::avx512bf16_integer_kernels()
                                                   : &cpu::avx512_integer_kernels();
-    default: break;
+    default:
+      break;
   }
 #endif
   PHALANX_CHECK(isa == Isa::kRef);
@@ -76,6 +78,7 @@ void lay_out(const Context::Options& options, int threads, Pieces& pieces,
     scratch.widened = pieces.take<float>(options.max_tokens * options.max_k);
   for (ThreadScratch& t : scratch.threads) {
     t.sums = pieces.take<float>(kTokenBlock * cpu::kGroupPanels * tensor::kPanelRows);
+    t.widened = pieces.take<float>(cpu::kGroupPanels * kWidenK * tensor::kPanelRows);
     t.queries = pieces.take<float>(rows * head_dim);
     t.keys = pieces.take<std::byte>(kAttentionChunk / 16 * panel_bytes(head_dim, DType::kF32));
     t.values = pieces.take<std::byte>(kAttentionChunk * head_dim * 4);

@@ -19,6 +19,8 @@ inline constexpr int64_t kTokenBlock = 384;
 inline constexpr int64_t kExpandK = 1024;
 // Tokens of a gated layer of two formats that are done at once.
 inline constexpr int64_t kHalvesTokens = 32;
+// Inputs whose weights are widened to f32 at a time, for all tokens of an item.
+inline constexpr int64_t kWidenK = 512;
 // Query rows (tokens times heads of one group) that share one packing of keys and values.
 inline constexpr int64_t kQueryRows = 96;
 
@@ -39,6 +41,7 @@ struct AttentionItem {
 // The memory of one thread, all 64-byte aligned.
 struct ThreadScratch {
   float* sums = nullptr;      // [kTokenBlock][16 * kGroupPanels] of a product
+  float* widened = nullptr;   // [kGroupPanels][kWidenK][16]: weights of f32 products
   void* queries = nullptr;    // [rows][head_dim], f32 or bf16
   std::byte* keys = nullptr;  // kAttentionChunk positions, in panels: KV that is not stored so
   std::byte* values = nullptr;
@@ -68,12 +71,12 @@ struct Context::Scratch {
 
   // Of quantised weights, for kTokenBlock tokens (nullptr unless Options::quantised):
   const cpu::IntegerKernels* integers = nullptr;
-  std::byte* prepared = nullptr;   // [kTokenBlock][prepared_stride]: quantised or reordered inputs
-  int64_t prepared_stride = 0;     // bytes
-  float* token_scale = nullptr;    // [kTokenBlock]
-  int32_t* token_sum = nullptr;    // [kTokenBlock]
-  float* group_sums = nullptr;     // [kTokenBlock][max_k / kLeastGroup + 1]
-  float* halves = nullptr;         // [kHalvesTokens][2 * max_rows]
+  std::byte* prepared = nullptr;  // [kTokenBlock][prepared_stride]: quantised or reordered inputs
+  int64_t prepared_stride = 0;    // bytes
+  float* token_scale = nullptr;   // [kTokenBlock]
+  int32_t* token_sum = nullptr;   // [kTokenBlock]
+  float* group_sums = nullptr;    // [kTokenBlock][max_k / kLeastGroup + 1]
+  float* halves = nullptr;        // [kHalvesTokens][2 * max_rows]
 
   float* widened = nullptr;  // [max_tokens][max_k]: bf16 inputs of f32 products
   std::vector<ThreadScratch> threads;

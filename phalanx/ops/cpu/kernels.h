@@ -72,6 +72,10 @@ struct Kernels {
   void (*multiply_f16)(const Product&) = nullptr;
   void (*multiply_f32)(const Product&) = nullptr;
 
+  // One panel of bf16 pairs, or of f16, of an even number k of inputs as f32 [k][16], exact.
+  void (*widen_bf16)(const std::byte* panel, int64_t k, float* out) = nullptr;
+  void (*widen_f16)(const std::byte* panel, int64_t k, float* out) = nullptr;
+
   // out = c + bias, rounded. bias may be nullptr. Strides in elements.
   void (*finish)(const float* c, int64_t c_stride, int64_t rows, int64_t cols, const float* bias,
                  void* out, int64_t out_stride, bool out_bf16) = nullptr;

@@ -308,6 +308,17 @@ void multiply(const Product& a) {
   }
 }
 
+void widen_bf16_panel(const std::byte* panel, int64_t k, float* out) {
+  for (int64_t i = 0; i < k; i += 2, panel += 64, out += 32) {
+    store(out, even_bf16(panel));
+    store(out + 16, odd_bf16(panel));
+  }
+}
+
+void widen_f16_panel(const std::byte* panel, int64_t k, float* out) {
+  for (int64_t i = 0; i < k; ++i, panel += 32, out += 16) store(out, load_f16(panel));
+}
+
 // --- Elements --------------------------------------------------------------------------------
 
 inline V load_any(const void* in, bool bf16, int64_t i, int64_t n) {
@@ -514,6 +525,8 @@ constexpr Kernels make_kernels() {
 #endif
   k.multiply_f16 = multiply<WeightsF16>;
   k.multiply_f32 = multiply<WeightsF32>;
+  k.widen_bf16 = widen_bf16_panel;
+  k.widen_f16 = widen_f16_panel;
   k.finish = finish;
   k.finish_gated = finish_gated;
   k.convert = convert;

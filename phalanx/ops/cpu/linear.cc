@@ -43,9 +43,9 @@ Plan make_plan(int64_t panels, int64_t tokens, int64_t threads) {
 
 // k in one call: all of it when the weights pass by once, else what stays in the L2 cache
 // (kGroupPanels panels) and, times kTileRows rows of x, in L1.
-int64_t k_block(int64_t tokens, const PackedLinear& w, bool pairs) {
+int64_t k_block(int64_t tokens, const PackedLinear& w, bool pairs, bool widens) {
   if (tokens <= kTileRows) return w.k;
-  return pairs ? 2048 : 1024;
+  return widens ? kWidenK : pairs ? 2048 : 1024;
 }
 
 // finish(sums, panels, tokens): the epilogue of one item.
@@ -76,16 +76,38 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
   const int64_t panel = panel_bytes(w.k, w.dtype);
   const int64_t threads = pool.size();
   const Plan plan = make_plan(panels_of(w.rows), x.rows, threads);
-  const int64_t step = k_block(x.rows, w, pairs);
+  // Half-wide weights of f32 products are widened once for all tokens of an item, not once for each
+  // tile of rows.
+  const bool widens = !pairs && w.dtype != DType::kF32 && x.rows > 2 * kTileRows;
+  const auto widen = w.dtype == DType::kBF16 ? kernels.widen_bf16 : kernels.widen_f16;
+  const int64_t step = k_block(x.rows, w, pairs, widens);
   const int64_t count = plan.items();
   auto weights_of = [&](int64_t item) { return w.data + plan.panels_of_item(item).begin * panel; };
 
-  auto run_item = [&](float* sums, int64_t item, const std::byte* next) {
+  auto run_item = [&](const ThreadScratch& t, int64_t item, const std::byte* next) {
+    float* sums = t.sums;
     const Range panels = plan.panels_of_item(item);
     const Range tokens = plan.tokens_of_item(item);
     const std::byte* weights = weights_of(item);
     for (int64_t k = 0; k < w.k; k += step) {
       const bool last = k + step >= w.k;
+      if (widens) {
+        const int64_t count = std::min(step, w.k - k);
+        const int64_t padded = count + count % 2;
+        for (int64_t p = 0; p < panels.size(); ++p)
+          widen(weights + p * panel + k * bytes_per_k, padded, t.widened + p * padded * kPanel);
+        kernels.multiply_f32({.x = static_cast<const float*>(input) + tokens.begin * stride + k,
+                              .x_stride = stride,
+                              .rows = tokens.size(),
+                              .w = reinterpret_cast<const std::byte*>(t.widened),
+                              .panel_stride = padded * kPanel * static_cast<int64_t>(sizeof(float)),
+                              .panels = panels.size(),
+                              .k = count,
+                              .c = sums,
+                              .c_stride = kSumStride,
+                              .accumulate = k > 0});
+        continue;
+      }
       call({.x = static_cast<const std::byte*>(input) + (tokens.begin * stride + k) * x_bytes,
             .x_stride = stride,
             .rows = tokens.size(),
@@ -103,7 +125,7 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
 
   scratch.next_item.store(0, std::memory_order_relaxed);
   pool.run([&](int thread) {
-    float* sums = scratch.threads[static_cast<size_t>(thread)].sums;
+    const ThreadScratch& t = scratch.threads[static_cast<size_t>(thread)];
     Range now = take_run(scratch.next_item, count, threads);
     while (now.size() > 0) {
       const Range then = take_run(scratch.next_item, count, threads);
@@ -111,7 +133,7 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
         const int64_t following = item + 1 < now.end ? item + 1
                                   : then.size() > 0  ? then.begin
                                                      : item;
-        run_item(sums, item, weights_of(following));
+        run_item(t, item, weights_of(following));
       }
       now = then;
     }
