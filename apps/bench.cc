@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <string_view>
 
+#include "apps/bench_barrier.h"
 #include "apps/bench_collectives.h"
 #include "apps/bench_engine.h"
 #include "apps/bench_kernels.h"
@@ -23,6 +24,7 @@ struct Bench {
 constexpr Bench kBenches[] = {
     {"mem", bench_memory, "read bandwidth of 1..n threads"},
     {"flops", bench_flops, "peak of each kernel path"},
+    {"barrier", bench_barrier, "an empty parallel region of the thread pool"},
     {"gemm", bench_gemm, "linear layers against bandwidth and peak"},
     {"attention", bench_attention, "decode and prefill attention"},
     {"collectives", bench_collectives, "all_gather and all_reduce against raw floors"},

@@ -66,8 +66,8 @@ Options parse(int argc, char** argv, const std::string& what) {
   app.add_option("--threads", o.threads, "thread counts (default: 1 and all)")->delimiter(',');
   app.add_option("--cpus", o.cpus, "CPUs to pin to (default: all usable)")->delimiter(',');
   app.add_option("--isa", o.isa, "kernel path (default: PHALANX_CPU_ISA or the best)");
-  app.add_option("--dtype", o.dtype, "weights: bf16, f16, f32")
-      ->check(CLI::IsMember({"bf16", "f16", "f32"}));
+  app.add_option("--dtype", o.dtype, "weights: bf16, f16, f32; KV cache: bf16, f32, i8")
+      ->check(CLI::IsMember({"bf16", "f16", "f32", "i8"}));
   app.add_option("--rounds", o.rounds, "interleaved rounds; medians are printed")
       ->check(CLI::Range(1, 1000));
   app.add_option("--megabytes", o.megabytes, "memory to read, far beyond the caches")
@@ -183,7 +183,9 @@ constexpr int64_t layer_weights() {
 
 // Weights with plausible values, made in place (packing is not what is measured).
 void fill(std::byte* memory, int64_t bytes, DType dtype) {
-  if (dtype == DType::kF32) {
+  if (dtype == DType::kI8) {
+    for (int64_t i = 0; i < bytes; ++i) memory[i] = static_cast<std::byte>(i * 2654435761u >> 20);
+  } else if (dtype == DType::kF32) {
     auto* p = reinterpret_cast<float*>(memory);
     for (int64_t i = 0; i < bytes / 4; ++i)
       p[i] = (static_cast<float>((i * 2654435761u >> 20) & 0xff) - 127.5f) * 1e-4f;
@@ -196,7 +198,10 @@ void fill(std::byte* memory, int64_t bytes, DType dtype) {
 }
 
 DType dtype_named(const std::string& name) {
-  return name == "bf16" ? DType::kBF16 : name == "f16" ? DType::kF16 : DType::kF32;
+  return name == "bf16"  ? DType::kBF16
+         : name == "f16" ? DType::kF16
+         : name == "i8"  ? DType::kI8
+                         : DType::kF32;
 }
 
 struct Activations {
@@ -237,6 +242,7 @@ struct Cache {
         table(static_cast<size_t>(sequences * blocks)) {
     fill(k.data(), bytes, dtype);
     fill(v.data(), bytes, dtype);
+    scales.assign(static_cast<size_t>(kKvHeads * kHeadDim), 0.01f);
     std::iota(table.begin(), table.end(), 0);
     layer = {.k = k.data(),
              .v = v.data(),
@@ -245,11 +251,13 @@ struct Cache {
              .block_size = kBlock,
              .kv_heads = kKvHeads,
              .head_dim = kHeadDim};
+    if (dtype == DType::kI8) layer.k_scale = layer.v_scale = scales.data();
   }
   int64_t blocks;
   int64_t bytes;
   Pages k, v;
   std::vector<int32_t> table;
+  std::vector<float> scales;  // of int8
   ops::KvLayer layer;
 };
 
@@ -312,6 +320,9 @@ int bench_gemm(int argc, char** argv) {
   return guarded(argc, argv, "Linear layers of a 1B model", [](Options o) {
     const Isa isa = isa_named(o.isa);
     const DType dtype = dtype_named(o.dtype);
+    if (dtype == DType::kI8)
+      throw Error(Code::kInvalidArgument,
+                  "--dtype: found \"i8\", expected bf16, f16 or f32 for linear layers");
     const DType act = dtype == DType::kBF16 ? DType::kBF16 : DType::kF32;
     const bool pairs = kernels(isa).pairs && dtype == DType::kBF16;
     const int64_t layer_bytes = layer_weights() * static_cast<int64_t>(dtype_bytes(dtype));
@@ -347,7 +358,7 @@ int bench_gemm(int argc, char** argv) {
                         .max_head_dim = 64,
                         .max_context = 4096},
                        pool);
-      for (const int64_t tokens : {1, 2, 4, 8, 16, 30, 32, 64, 512}) {
+      for (const int64_t tokens : {1, 2, 4, 8, 16, 32, 64, 512, 2048}) {
         const Activations a(tokens, act);
         const int64_t passes = tokens > 64 ? 1 : layers;
         std::vector<double> bw, peak, time, of_bw, of_peak, of_roof;
@@ -386,15 +397,21 @@ int bench_gemm(int argc, char** argv) {
 int bench_attention(int argc, char** argv) {
   return guarded(argc, argv, "Attention of a 1B model", [](Options o) {
     const Isa isa = isa_named(o.isa);
-    const DType dtype = dtype_named(o.dtype) == DType::kBF16 ? DType::kBF16 : DType::kF32;
+    const DType dtype = dtype_named(o.dtype);
+    if (dtype == DType::kF16)
+      throw Error(Code::kInvalidArgument,
+                  "--dtype: found \"f16\", expected bf16, f32 or i8 for the KV cache");
+    const DType act = dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
+    const bool pairs = kernels(isa).pairs && act == DType::kBF16;
     constexpr int64_t kHeads = Cache::kKvHeads * Cache::kGroup;
     std::printf("attention of the 1B shape (32 heads of 64, 8 KV heads, blocks of 128), %s, %s KV, "
                 "medians of %d interleaved rounds\n"
                 "decode: KV bytes against read bandwidth; prefill: operations of the causal half "
-                "against the f32 peak\n\n"
+                "against the %s peak\n\n"
                 "| threads | sequences | tokens | context | us | floor us | ratio |\n"
                 "|---|---|---|---|---|---|---|\n",
-                isa_name(isa).data(), tensor::dtype_name(dtype).data(), o.rounds);
+                isa_name(isa).data(), tensor::dtype_name(dtype).data(), o.rounds,
+                pairs ? "bf16 pairs" : "f32");
     for (const int threads : o.threads) {
       ThreadPool pool(pool_options(o, threads));
       ops::Context ctx({.isa = isa,
@@ -408,16 +425,16 @@ int bench_attention(int argc, char** argv) {
       struct Case {
         int64_t sequences, tokens, context;
       };
-      for (const Case c : {Case{1, 1, 512}, {1, 1, 32768}, {32, 1, 256}, {32, 1, 2048},
-                           {1, 512, 512}, {1, 2048, 2048}}) {
+      for (const Case c : {Case{1, 1, 16}, {1, 1, 512}, {1, 1, 8192}, {1, 1, 32768}, {32, 1, 256},
+                           {32, 1, 2048}, {1, 512, 512}, {1, 2048, 2048}}) {
         Cache cache(c.sequences, c.context, dtype);
         const int64_t rows = c.sequences * c.tokens;
         const int64_t width = kHeads * Cache::kHeadDim;
         const Pages q(rows * width * 4);
         const Pages y(rows * width * 4);
-        fill(q.data(), rows * width * static_cast<int64_t>(dtype_bytes(dtype)), dtype);
-        const MatrixView in{q.data(), dtype, rows, width, width};
-        const MatrixView out{y.data(), dtype, rows, width, width};
+        fill(q.data(), rows * width * static_cast<int64_t>(dtype_bytes(act)), act);
+        const MatrixView in{q.data(), act, rows, width, width};
+        const MatrixView out{y.data(), act, rows, width, width};
         std::vector<ops::SequenceSlice> slices;
         for (int64_t s = 0; s < c.sequences; ++s)
           slices.push_back({static_cast<int32_t>(s * c.tokens), static_cast<int32_t>(c.tokens),
@@ -435,12 +452,13 @@ int bench_attention(int argc, char** argv) {
           if (c.tokens == 1) {
             // Also drives the KV cache out of the caches.
             const double b = read_bandwidth(o, pool, kernels(isa), other.data(), 256 << 20);
-            least = 2.0 * static_cast<double>(cache.bytes) / b;
+            least = 2.0 * static_cast<double>(cache.bytes) / static_cast<double>(cache.blocks * Cache::kBlock) *
+                    static_cast<double>(c.context) / b;
           } else {
             const double positions = static_cast<double>(c.tokens) *
                                      static_cast<double>(2 * c.context - c.tokens + 1) / 2;
             least = 4.0 * positions * static_cast<double>(width) /
-                    peak_flops(o, pool, kernels(isa), false);
+                    peak_flops(o, pool, kernels(isa), pairs);
           }
           const double s = seconds(o, [&] { ops::attention(ctx, in, slices, shape, cache.layer, out); });
           time.push_back(s);

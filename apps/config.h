@@ -71,6 +71,7 @@ struct NodeConfig {
   int data_port_begin = 0, data_port_end = 0;  // PHALANX_DATA_PORTS=a-b; 0: any
   std::string logits_folder;                   // ATB_LLM_LOGITS_SAVE_ENABLE/_FOLDER
   int threads_per_rank = 0;                    // PHALANX_THREADS; 0: cores / local ranks
+  std::string cpus;                            // PHALANX_CPUS: "", auto, none or a list
   std::vector<std::string> ignored;            // keys and variables accepted without effect
   std::vector<std::string> warnings;           // one line each
   std::string digest;  // of the effective settings that all nodes must share

@@ -206,6 +206,7 @@ void read_environment(const Environment& environment, NodeConfig& config, Proble
   if (const std::string text = variable(environment, "PHALANX_DATA_PORTS"); !text.empty())
     read_data_ports(text, config, problems);
   read_threads(environment, config, problems);
+  config.cpus = variable(environment, "PHALANX_CPUS");
 
   const std::string save = variable(environment, "ATB_LLM_LOGITS_SAVE_ENABLE");
   if (!save.empty() && save != "0") {

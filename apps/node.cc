@@ -86,18 +86,6 @@ void divide_memory(const NodeConfig& config, const HostResources& host, int shar
   plan.kv_blocks_wanted = sequence_blocks * config.schedule.max_batch;
 }
 
-void place_threads(const NodeConfig& config, const HostResources& host, int sharing,
-                   NodePlan& plan) {
-  const auto local = static_cast<int>(plan.local_ranks.size());
-  plan.threads_per_rank = config.threads_per_rank > 0
-                              ? config.threads_per_rank
-                              : std::max(1, host.usable_cores() / sharing);
-  // Pinned only where nobody else of this instance can want the same cores.
-  if (sharing == local && host.cpu_quota == 0 &&
-      plan.threads_per_rank * local <= static_cast<int>(host.cpus.size()))
-    plan.cpus.assign(host.cpus.begin(), host.cpus.begin() + plan.threads_per_rank * local);
-}
-
 }  // namespace
 
 NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
@@ -116,7 +104,13 @@ NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
        config.table.servers[static_cast<size_t>(config.own_server)].devices)
     plan.local_ranks.push_back(device.rank_id);
   const int sharing = ranks_on_this_machine(config);
-  place_threads(config, host, sharing, plan);
+  plan.cores = plan_cores({.ranks = static_cast<int>(plan.local_ranks.size()),
+                           .sharing = sharing,
+                           .threads_per_rank = config.threads_per_rank,
+                           .cpus = config.cpus,
+                           .lease_folder = default_lease_folder()},
+                          host, read_topology(host.cpus));
+  plan.threads_per_rank = plan.cores.threads_per_rank;
   const ops::Isa isa = ops::choose_isa();
   for (const int rank : plan.local_ranks)
     plan.needs.push_back(models::memory_need(plan.info, model_options(config, plan, rank, isa)));
@@ -200,9 +194,8 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
          {ops::NumericClass::kFma32, ops::NumericClass::kBf16Dp, ops::NumericClass::kAmx})
       if (ops::numeric_class_name(c) == generation.numeric_class) isa = ops::best_isa_of(c);
   }
-  log_info("kernels: {} (numeric class {}), {} thread{} per rank{}", ops::isa_name(isa),
-           generation.numeric_class, plan_.threads_per_rank, plan_.threads_per_rank == 1 ? "" : "s",
-           plan_.cpus.empty() ? ", not pinned" : fmt::format(", pinned to cores {}", fmt::join(plan_.cpus, ",")));
+  log_info("kernels: {} (numeric class {}){}; {}", ops::isa_name(isa), generation.numeric_class,
+           ops::isa_note(), plan_.cores.reason);
 
   const cluster::Server& own = config_.table.servers[static_cast<size_t>(config_.own_server)];
   const bool several_nodes = config_.table.servers.size() > 1;
@@ -218,8 +211,8 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
     start.spec.max_blocks = plan_.kv_blocks_wanted;
     start.spec.generation = generation.number;
     start.spec.threads = plan_.threads_per_rank;
-    if (!plan_.cpus.empty()) {
-      const auto first = plan_.cpus.begin() + static_cast<std::ptrdiff_t>(i) * plan_.threads_per_rank;
+    if (!plan_.cores.cpus.empty()) {
+      const auto first = plan_.cores.cpus.begin() + static_cast<std::ptrdiff_t>(i) * plan_.threads_per_rank;
       start.spec.cpus.assign(first, first + plan_.threads_per_rank);
     }
     start.spec.log_level = static_cast<int>(log_enabled(LogLevel::kDebug)  ? LogLevel::kDebug

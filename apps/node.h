@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "apps/config.h"
+#include "apps/cores.h"
 #include "apps/host.h"
 #include "apps/rank_supervisor.h"
 #include "phalanx/cluster/control.h"
@@ -28,7 +29,7 @@ struct NodePlan {
   std::vector<models::MemoryNeed> needs;       // by local rank
   int64_t kv_bytes_per_rank = 0;               // what remains for each local rank's KV cache
   int threads_per_rank = 1;
-  std::vector<int> cpus;                       // of all local ranks in order; empty: not pinned
+  CorePlan cores;                              // of all local ranks
 };
 
 // Reads the model's config.json, verifies the weight files' headers, cuts the model and divides the

@@ -229,6 +229,7 @@ NodeConfig make_config(const RunArguments& a, const Environment& environment) {
   }
   if (const auto threads = number(environment, "PHALANX_THREADS", 1, 1024, problems))
     config.threads_per_rank = *threads;
+  config.cpus = get(environment, "PHALANX_CPUS");
   if (const auto seconds = number(environment, "HCCL_CONNECT_TIMEOUT", 1, 1 << 30, problems))
     config.connect_timeout_s = *seconds;
   else

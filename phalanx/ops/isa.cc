@@ -50,17 +50,26 @@ bool machine_has(Isa isa) {
   const bool avx512 = avx2 && zmm && bit(seven.ebx, 16) && bit(seven.ebx, 17) &&
                       bit(seven.ebx, 30) && bit(seven.ebx, 31);  // F, DQ, BW, VL
   switch (isa) {
-    case Isa::kRef: return true;
-    case Isa::kAvx2: return avx2;
-    case Isa::kAvx512: return avx512;
-    case Isa::kAvx512Bf16: return avx512 && bit(seven_one.eax, 5);
-    case Isa::kAmx: return false;  // no kernels in this build
+    case Isa::kRef:
+      return true;
+    case Isa::kAvx2:
+      return avx2;
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512 && bit(seven_one.eax, 5);
+    case Isa::kAmx:
+      return false;  // no kernels in this build
   }
   return false;
 }
 
+// Tiles, and the operating system saves them.
+bool has_amx() { return (saved_states() & 0x60000) == 0x60000 && bit(cpuid(7, 0).edx, 24); }
+
 #else
 
+bool has_amx() { return false; }
 bool machine_has(Isa isa) { return isa == Isa::kRef; }
 
 #endif
@@ -69,29 +78,40 @@ bool machine_has(Isa isa) { return isa == Isa::kRef; }
 
 std::string_view isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kRef: return "ref";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kAvx512Bf16: return "avx512bf16";
-    case Isa::kAmx: return "amx";
+    case Isa::kRef:
+      return "ref";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512bf16";
+    case Isa::kAmx:
+      return "amx";
   }
   return "?";
 }
 
 std::string_view numeric_class_name(NumericClass c) {
   switch (c) {
-    case NumericClass::kFma32: return "fma32";
-    case NumericClass::kBf16Dp: return "bf16dp";
-    case NumericClass::kAmx: return "amx";
+    case NumericClass::kFma32:
+      return "fma32";
+    case NumericClass::kBf16Dp:
+      return "bf16dp";
+    case NumericClass::kAmx:
+      return "amx";
   }
   return "?";
 }
 
 NumericClass numeric_class_of(Isa isa) {
   switch (isa) {
-    case Isa::kAvx512Bf16: return NumericClass::kBf16Dp;
-    case Isa::kAmx: return NumericClass::kAmx;
-    default: return NumericClass::kFma32;
+    case Isa::kAvx512Bf16:
+      return NumericClass::kBf16Dp;
+    case Isa::kAmx:
+      return NumericClass::kAmx;
+    default:
+      return NumericClass::kFma32;
   }
 }
 
@@ -111,6 +131,8 @@ Isa best_isa_of(NumericClass c) {
                   std::string(numeric_class_name(c)));
 }
 
+std::string_view isa_note() { return has_amx() ? ", AMX present, not used" : ""; }
+
 Isa choose_isa() {
   const std::vector<Isa> available = available_isas();
   const char* wanted = std::getenv("PHALANX_CPU_ISA");
@@ -124,13 +146,13 @@ Isa choose_isa() {
                                  [&](Isa isa) { return isa_name(isa) == wanted; });
   throw Error(
       Code::kInvalidArgument,
-      to_string(Problem{.what = known ? "kernels that this machine or this build lacks"
-                                      : "unknown kernel path",
-                        .where = "environment variable PHALANX_CPU_ISA",
-                        .found = "\"" + std::string(wanted) + "\"",
-                        .expected = "one of " + names,
-                        .fix = "unset it to use \"" + std::string(isa_name(available.back())) +
-                               "\", the best one here"}));
+      to_string(Problem{
+          .what = known ? "kernels that this machine or this build lacks" : "unknown kernel path",
+          .where = "environment variable PHALANX_CPU_ISA",
+          .found = "\"" + std::string(wanted) + "\"",
+          .expected = "one of " + names,
+          .fix = "unset it to use \"" + std::string(isa_name(available.back())) +
+                 "\", the best one here"}));
 }
 
 }  // namespace phalanx::ops

@@ -25,6 +25,9 @@ enum class NumericClass { kFma32, kBf16Dp, kAmx };
 // Error(kInvalidArgument) naming the choices when the machine lacks it.
 [[nodiscard]] Isa choose_isa();
 
+// What this machine has and no path uses, to follow a path's name: ", AMX present, not used", or "".
+[[nodiscard]] std::string_view isa_note();
+
 // Rises whenever the bits of any kernel change; must agree between nodes.
 inline constexpr int kNumericsVersion = 2;
 

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <fstream>
 #include <string>
 
 #include "phalanx/base/error.h"
@@ -52,6 +53,13 @@ TEST(Isa, AbsentPathIsRefusedWithTheChoices) {
       EXPECT_NE(message.find("ref"), std::string::npos) << message;
     }
   }
+}
+
+TEST(Isa, AmxIsNamedWhereTheSystemOffersIt) {
+  std::ifstream cpuinfo("/proc/cpuinfo");
+  bool amx = false;
+  for (std::string word; cpuinfo >> word;) amx |= word == "amx_tile";
+  EXPECT_EQ(isa_note(), amx ? ", AMX present, not used" : "");
 }
 
 TEST(Isa, BestOfAClassBelongsToIt) {
