@@ -111,10 +111,10 @@ NodeConfig node_config(const BenchArguments& a, const BenchLayout& layout, int n
 
 // Every node of a layout on cores of its own, if there are enough.
 void place(const BenchLayout& layout, int node, const HostResources& host, NodePlan& plan) {
-  plan.cpus.clear();
+  plan.cores = {.threads_per_rank = plan.threads_per_rank, .reason = "as the layout says"};
   if (layout.threads() > static_cast<int>(host.cpus.size())) return;
   const auto first = host.cpus.begin() + layout.threads_before(node);
-  plan.cpus.assign(first, first + layout.threads_before(node + 1) - layout.threads_before(node));
+  plan.cores.cpus.assign(first, first + layout.threads_before(node + 1) - layout.threads_before(node));
 }
 
 // One number of rank 0 or of the engine.
