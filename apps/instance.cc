@@ -359,6 +359,7 @@ std::string Instance::status_json() const {
     const engine::EngineStats e = s.engine->stats();
     engine = {{"steps", e.steps},
               {"prompt_tokens", e.prompt_tokens},
+              {"cached_tokens", e.cached_tokens},
               {"output_tokens", e.output_tokens},
               {"step_ns", e.step_ns},
               {"compute_ns", e.compute_ns},

@@ -18,7 +18,7 @@ struct EngineOptions {
                                        // (StepLimits: max_tokens this, max_rows max_batch)
   int64_t max_queue = 2000;            // waiting requests
   bool prefix_cache = true;            // sequences share the blocks of equal beginnings
-  double decode_stretch = 1.7;         // how much longer a step may take for prompts beside running
+  double decode_stretch = 1.6;         // how much longer a step may take for prompts beside running
                                        // sequences (PrefillPace); 0: as long as it takes
   uint64_t generation = 1;
   double step_seconds = 600;           // longest wait for one step

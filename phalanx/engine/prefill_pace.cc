@@ -16,9 +16,11 @@ size_t bucket_of(int64_t decodes) {
   return std::min<size_t>(std::bit_width(static_cast<uint64_t>(decodes)), 31);
 }
 
-// An exponential mean that one stray step cannot move by more than half.
-void follow(double& mean, double value) {
-  mean = mean == 0 ? value : mean + kWeight * (std::clamp(value, mean / 4, mean * 4) - mean);
+// Follows the middle of what it sees rather than the mean: one value moves it by a few percent,
+// however far away it is, so stalls of the machine do not pass for the step's own time.
+void follow(double& middle, double value, double reach) {
+  if (middle == 0) middle = value;
+  middle += kWeight * std::clamp(value - middle, -reach * middle, reach * middle);
 }
 
 }  // namespace
@@ -36,12 +38,12 @@ double PrefillPace::decode_ns(int64_t decodes) const {
 void PrefillPace::observe(int64_t decodes, int64_t prompt_tokens, int64_t ns) {
   const auto time = static_cast<double>(ns);
   if (decodes > 0 && prompt_tokens == 0) {
-    follow(decode_ns_[bucket_of(decodes)], time);
+    follow(decode_ns_[bucket_of(decodes)], time, 0.15);
   } else if (prompt_tokens > 0) {
     const double rest = time - (decodes > 0 ? decode_ns(decodes) : 0);
     // Even a step that took no longer than without them says no more than "little".
     const double least = time / static_cast<double>(64 * prompt_tokens);
-    follow(token_ns_, std::max(rest / static_cast<double>(prompt_tokens), least));
+    follow(token_ns_, std::max(rest / static_cast<double>(prompt_tokens), least), 0.5);
   }
 }
 

@@ -464,6 +464,7 @@ void WeightPlan::announce(const Piece& piece, weights::WeightSource& source) {
   if (job.kind == Kind::kVector || job.kind == Kind::kInput || job.kind == Kind::kOrder) return;
   for_parts(job.parts, piece.row_begin, piece.rows, [&](size_t i, Range take, int64_t) {
     const RowSlice& part = job.parts[i];
+    if (part.name.empty()) return;
     if (job.formats[i] == nullptr)
       return source.will_read_rows(source.ask(part.name), take.begin, take.size());
     for (const quant::PartSpec& spec : quant::parts(*job.formats[i], part.rows, part.cols)) {
