@@ -1,7 +1,7 @@
 # The front door. It only calls CMake presets and scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: help build demo serve test test-clients bench format lint install clean
+.PHONY: help build demo serve test test-clients bench bench-load bench-peers format lint install clean
 
 help:
 	@echo "make build            build/release/phalanx (installs what is missing first)"
@@ -9,7 +9,9 @@ help:
 	@echo "make serve            the same two nodes, and they stay up"
 	@echo "make test             unit, system, ASan+UBSan and TSan tests"
 	@echo "make test-clients     Hugging Face, Triton, litellm, langchain, schemathesis (installs them)"
-	@echo "make bench            memory, kernels, collectives, engine"
+	@echo "make bench            memory, kernels, collectives, engine; tables in bench/RESULTS.md"
+	@echo "make bench-load       loading beside plain reading and memcpy"
+	@echo "make bench-peers      the same work by llama.cpp, vLLM and OpenVINO; bench/PEERS.md"
 	@echo "make install PREFIX=  lays out PREFIX/mindie-service"
 	@echo "make format | lint    clang-format; arrows between rooms and clang-tidy"
 	@echo "make clean            removes build/ (not the cached demo model)"
@@ -32,6 +34,12 @@ test-clients: build
 
 bench: build
 	@scripts/bench
+
+bench-load: build
+	@scripts/bench load
+
+bench-peers: build
+	@scripts/bench-peers
 
 format:
 	@scripts/setup --lint
