@@ -188,13 +188,15 @@ struct RankSupervisor::State {
     int status = 0;
     if (::waitpid(rank.pid, &status, WNOHANG) != rank.pid) return;
     const std::lock_guard lock(mutex);
+    // The last step tells the ranks to leave, and may overtake the master's word to the node.
+    const bool in_order = rank.state == "stopped";
     rank.ended = true;
     rank.status = status;
     rank.state = "ended";
     if (!rank.error && !(WIFEXITED(status) && WEXITSTATUS(status) == 0))
       rank.error = Error(Code::kUnavailable,
                          fmt::format("rank {} (pid {}) {}", rank.rank, rank.pid, how_it_ended(status)));
-    else if (!rank.error && !stopping)
+    else if (!rank.error && !stopping && !in_order)
       rank.error = Error(Code::kUnavailable,
                          fmt::format("rank {} (pid {}) left unexpectedly", rank.rank, rank.pid));
     changed.notify_all();
