@@ -178,6 +178,8 @@ CompletionRequest parse_completion(std::string_view body, const ServiceOptions& 
                               "maxBatchSize {}",
                               choices, out.prompts.size(), out.fields.sequences, options.max_batch));
   out.echo = out.fields.echo;
+  if (out.echo && out.fields.logprobs)
+    throw Refused("echo is not supported together with logprobs");
   if (const json* suffix = fields.find("suffix"); suffix != nullptr && *suffix != "")
     throw Refused("suffix is not supported by this endpoint");
   out.ignored = out.fields.ignored;

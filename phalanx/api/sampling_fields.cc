@@ -193,7 +193,8 @@ void read_logprobs(const FieldValues& values, Interface interface, SamplingField
     out->logprobs = wanted.value_or(top.has_value());
     out->sampling.logprobs = out->logprobs ? static_cast<int32_t>(top.value_or(0)) : -1;
   }
-  out->sampling.prompt_logprobs = static_cast<int32_t>(values.integer("prompt_logprobs").value_or(-1));
+  if (values.integer("prompt_logprobs"))
+    throw Refused("prompt_logprobs is not supported by this endpoint");
 }
 
 void read_stream_options(Fields& fields, SamplingFields* out) {

@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include <chrono>
+#include <ctime>
 #include <nlohmann/json.hpp>
 
 #include "phalanx/base/error.h"
@@ -98,7 +98,7 @@ TEST(Grammars, RefuseWhatCannotBeFollowedSoon) {
       {{Kind::kChoice, "7"}, "choice"},
   };
   for (const auto& [spec, part] : cases) {
-    const auto begin = std::chrono::steady_clock::now();
+    const std::clock_t begin = std::clock();
     try {
       (void)f.grammars.compile(spec);
       ADD_FAILURE() << spec.text << " was accepted";
@@ -106,7 +106,7 @@ TEST(Grammars, RefuseWhatCannotBeFollowedSoon) {
       EXPECT_EQ(error.code(), Code::kInvalidArgument) << error.what();
       EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
     }
-    EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10)) << spec.text;
+    EXPECT_LT(std::clock() - begin, CLOCKS_PER_SEC) << spec.text;
   }
 }
 
@@ -116,7 +116,7 @@ TEST(Grammars, LargeOnesCompileOrAreRefusedSoon) {
   std::string deep = R"({"type":"string"})";
   for (int i = 0; i < 60; ++i) deep = R"({"type":"array","items":)" + deep + "}";
   json wide = {{"type", "object"}};
-  for (int i = 0; i < 3000; ++i)
+  for (int i = 0; i < 1000; ++i)
     wide["properties"]["property_" + std::to_string(i)] = {{"type", "integer"}, {"minimum", i}};
   const GrammarSpec cases[] = {
       {Kind::kRegex, "((a{0,1000}){0,1000}){0,1000}"},
@@ -131,7 +131,7 @@ TEST(Grammars, LargeOnesCompileOrAreRefusedSoon) {
       {Kind::kLark, "start: a\na: a a | \"x\""},
   };
   for (const GrammarSpec& spec : cases) {
-    const auto begin = std::chrono::steady_clock::now();
+    const std::clock_t begin = std::clock();  // of the processor: other work does not count
     try {
       const auto walker = f.grammars.compile(spec);
       for (int i = 0; i < 5; ++i) {
@@ -144,9 +144,8 @@ TEST(Grammars, LargeOnesCompileOrAreRefusedSoon) {
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), Code::kInvalidArgument) << error.what();
     }
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-    EXPECT_LT(took.count(), 10) << spec.text.substr(0, 100);
-    if (took.count() > 0.5) std::printf("%.2f s: %s\n", took.count(), spec.text.substr(0, 60).c_str());
+    const double seconds = static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
+    EXPECT_LT(seconds, 1) << spec.text.substr(0, 100);
   }
 }
 
