@@ -41,6 +41,7 @@ ops::Context::Options context_options(const ModelInfo& info, const RankLayout& o
           .max_heads = own.query_heads.size(),
           .max_head_dim = info.head_dim,
           .max_context = options.max_sequence,
+          .observer = options.observer,
           .quantised = info.formats != nullptr};
 }
 

@@ -66,6 +66,8 @@ struct ModelOptions {
   int64_t block_size = 128;
   std::vector<double> weights;   // of the ranks, for the cut; its size is the world size
   int rank = 0;
+  // Sees the input of every linear layer (ops::Context::Options::observer); lent.
+  const std::function<void(const ops::MatrixView& x)>* observer = nullptr;
   int threads = 1;               // of the pool that load_model will be given
 };
 

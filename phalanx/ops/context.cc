@@ -170,6 +170,9 @@ Context::Context(const Options& options, ThreadPool& pool)
 }
 
 Context::~Context() = default;
+void Context::observe(const MatrixView& x) const {
+  if (state_->options.observer != nullptr) (*state_->options.observer)(x);
+}
 Isa Context::isa() const { return state_->options.isa; }
 ThreadPool& Context::pool() const { return state_->pool; }
 Context::Scratch& Context::scratch() const { return state_->scratch; }

@@ -76,6 +76,7 @@ void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const floa
     return;
   }
   check_linear(x, w, w.rows, out);
+  ctx.observe(x);
   if (w.own_bias != nullptr) bias = w.own_bias;
   if (is_float(w)) {
     if (on_reference(ctx)) return ref::linear(x, w, bias, out, kFma32);
@@ -87,6 +88,7 @@ void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const floa
 
 void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const float* gate_bias,
                   const float* up_bias, const MatrixView& out) {
+  ctx.observe(x);
   if (w.own_gate_bias != nullptr) gate_bias = w.own_gate_bias;
   if (w.own_up_bias != nullptr) up_bias = w.own_up_bias;
   if (w.halves.empty()) {

@@ -10,6 +10,7 @@
 // for bf16dp). Rounding to act happens only where a comment says so.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -37,12 +38,16 @@ class Context {
     int64_t max_heads = 0;   // local query heads
     int64_t max_head_dim = 0;
     int64_t max_context = 0;  // longest sequence
-    bool quantised = false;   // some linear layer has a storage other than kFloat
+    // Called with the input of every linear and gated_linear, in the order of the calls. For
+    // calibration; lent.
+    const std::function<void(const MatrixView& x)>* observer = nullptr;
+    bool quantised = false;  // some linear layer has a storage other than kFloat
   };
   Context(const Options& options, ThreadPool& pool);
   ~Context();
   [[nodiscard]] Isa isa() const;
   [[nodiscard]] ThreadPool& pool() const;
+  void observe(const MatrixView& x) const;
   struct Scratch;
   [[nodiscard]] Scratch& scratch() const;
   [[nodiscard]] int64_t scratch_bytes() const;

@@ -142,6 +142,12 @@ void read_description(const Reader& r, const std::string& path, const json& desc
       r.refuse("int8 tensor that the description does not name", r.where(layer + ".weight"), "i8",
                fmt::format("its type in {}", path),
                "the description and the weight files must belong to one checkpoint");
+  for (const auto& [name, entry] : r.checkpoint.tensors())
+    if (name.ends_with("layernorm.bias")) {
+      r.refuse("biases of norms (anti-outlier) without kernels", r.where(name), "a bias",
+               "norms without biases", "quantise without anti-outlier");
+      break;
+    }
   const std::string kv = text_at(description, "kv_cache_type", text_at(description, "kv_quant_type"));
   if (!kv.empty()) r.refuse("quantised KV cache without kernels", path, kv, "no kv_cache_type");
   const std::string fa = text_at(description, "fa_quant_type");

@@ -56,6 +56,22 @@ void multiply_int8(const Int8Product& a) {
   }
 }
 
+int64_t peak(int64_t steps) {
+  constexpr int kChains = 8;
+  __m256i acc[kChains];
+  for (__m256i& v : acc) v = _mm256_setzero_si256();
+  __m256i w = _mm256_set1_epi16(3);
+  for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains; ++i) {
+      __asm__ volatile("" : "+x"(w));  // or one product would serve all chains
+      acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(w, w));
+    }
+  }
+  for (__m256i& v : acc) __asm__ volatile("" : "+x"(v));
+  return steps * kChains * 32;
+}
+
 }  // namespace
 
 const phalanx::ops::cpu::IntegerKernels& phalanx::ops::cpu::avx2_integer_kernels() {
@@ -64,6 +80,7 @@ const phalanx::ops::cpu::IntegerKernels& phalanx::ops::cpu::avx2_integer_kernels
                                           .finish_int8 = finish_int8,
                                           .expand = expand,
                                           .sum_groups = sum_groups,
-                                          .apply = apply};
+                                          .apply = apply,
+                                          .peak = peak};
   return kernels;
 }

@@ -18,6 +18,7 @@ const phalanx::ops::cpu::IntegerKernels& phalanx::ops::cpu::avx512_integer_kerne
                                           .finish_int8 = finish_int8,
                                           .expand = expand,
                                           .sum_groups = sum_groups,
-                                          .apply = apply};
+                                          .apply = apply,
+                                          .peak = peak};
   return kernels;
 }

@@ -86,3 +86,17 @@ void multiply_int8(const Int8Product& a) {
     }
   }
 }
+
+int64_t peak(int64_t steps) {
+  constexpr int kChains = 12;
+  __m512i acc[kChains];
+  for (__m512i& v : acc) v = _mm512_setzero_si512();
+  __m512i w = _mm512_set1_epi8(3);
+  __asm__ volatile("" : "+v"(w));
+  for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], w, w);
+  }
+  for (__m512i& v : acc) __asm__ volatile("" : "+v"(v));
+  return steps * kChains * 128;
+}

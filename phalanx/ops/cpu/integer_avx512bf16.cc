@@ -129,6 +129,15 @@ __attribute__((noinline)) void stream_tile(const CodesProduct& a, const Table& t
   const int64_t parameters = a.x_sums != nullptr ? 128 : 64;
   const uint16_t* x = a.x;
   float* c = a.c + 16 * panel;
+  // 4 KiB ahead of each panel, then the beginning of the panels that come next.
+  const std::byte* const end = w + stride;
+  const std::byte* ahead = stride > kAheadBytes ? w + kAheadBytes : a.next + panel * stride;
+  const auto prefetch = [&](int64_t bytes) {
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead + p * stride, 0, 3);
+    ahead += bytes;
+    if (ahead == end) ahead = a.next + panel * stride;
+  };
   int64_t g = 0;
   for (int64_t begin = 0; begin < a.k; begin += a.group, ++g) {
     const int64_t count = a.k - begin < a.group ? a.k - begin : a.group;
@@ -137,16 +146,16 @@ __attribute__((noinline)) void stream_tile(const CodesProduct& a, const Table& t
     t.clear();
     x = a.x + begin;
     for (int64_t s = 0; s < steps; ++s) {
-#pragma GCC unroll 8
-      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(w + p * stride + kAheadBytes, 0, 3);
+      prefetch(64);
       t.step(table, w, stride, x, a.x_stride);
       w += 64;
       x += per_step;
     }
+    prefetch(64);
+    if (parameters == 128) prefetch(64);
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
       const auto* at = reinterpret_cast<const float*>(w + p * stride);
-      __builtin_prefetch(w + p * stride + kAheadBytes, 0, 3);
       const __m512 scale = _mm512_loadu_ps(at);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
@@ -230,6 +239,7 @@ const phalanx::ops::cpu::IntegerKernels& phalanx::ops::cpu::avx512bf16_integer_k
                                           .expand = expand_any,
                                           .sum_groups = sum_groups,
                                           .apply = apply,
+                                          .peak = peak,
                                           .stream = stream};
   return kernels;
 }

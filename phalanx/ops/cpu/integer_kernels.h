@@ -47,6 +47,7 @@ struct CodesProduct {
   int64_t group = 0;
   float* c = nullptr;
   int64_t c_stride = 0;
+  const std::byte* next = nullptr;  // what will be read next, laid out as w
 };
 
 struct IntegerKernels {
@@ -69,6 +70,8 @@ struct IntegerKernels {
                 const std::byte* parameters, int64_t panel_stride, const float* x_sums,
                 int64_t x_sums_stride, bool first) = nullptr;
 
+  // For benchmarks: int8 operations done by `steps` steps of independent chains of products.
+  int64_t (*peak)(int64_t steps) = nullptr;
   // nullptr where the path has none.
   void (*stream)(const CodesProduct&) = nullptr;
 };

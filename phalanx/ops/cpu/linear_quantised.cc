@@ -146,7 +146,8 @@ float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs)
                      .k = w.k,
                      .group = w.group,
                      .c = thread.totals,
-                     .c_stride = kSumStride});
+                     .c_stride = kSumStride,
+                     .next = w.data + i.next_panel * i.panel_bytes});
     return thread.totals;
   }
   // Codes become bf16 (or f16 for inputs of f32) in the cache, and then the float kernel's weights.
