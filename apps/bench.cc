@@ -11,6 +11,8 @@
 #include "apps/bench_kernels.h"
 #include "apps/bench_load.h"
 #include "apps/bench_serve.h"
+#include "apps/bench_perplexity.h"
+#include "apps/bench_quant.h"
 
 namespace phalanx::apps {
 namespace {
@@ -26,11 +28,13 @@ constexpr Bench kBenches[] = {
     {"flops", bench_flops, "peak of each kernel path"},
     {"barrier", bench_barrier, "an empty parallel region of the thread pool"},
     {"gemm", bench_gemm, "linear layers against bandwidth and peak"},
+    {"quant", bench_quant, "quantised linear layers against bandwidth and peak"},
     {"attention", bench_attention, "decode and prefill attention"},
     {"collectives", bench_collectives, "all_gather and all_reduce against raw floors"},
     {"engine", bench_engine, "prefill and decode of a model on this machine's ranks"},
     {"serve", bench_serve, "load against an endpoint: first token, inter-token, throughput"},
     {"load", bench_load, "loading against plain reading and copying"},
+    {"perplexity", bench_perplexity, "of a text under a checkpoint"},
 };
 
 }  // namespace

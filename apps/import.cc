@@ -1,16 +1,13 @@
 #include "apps/import.h"
 
 #include <fmt/format.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
-#include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "apps/new_directory.h"
 #include "phalanx/base/error.h"
 #include "phalanx/base/progress.h"
 #include "phalanx/text/gguf_tokenizer.h"
@@ -31,45 +28,6 @@ struct ImportOptions {
   std::string dtype = "bf16";
   std::string pre_tokenizer;
   double shard_gb = 4.0;
-};
-
-// A directory that gets its final name only when everything in it is complete.
-class NewDirectory {
- public:
-  explicit NewDirectory(const std::string& path)
-      : path_(fs::path(path).lexically_normal().string()) {
-    while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
-    std::error_code ignored;
-    if (fs::exists(path_, ignored) &&
-        !(fs::is_directory(path_, ignored) && fs::is_empty(path_, ignored)))
-      throw Error(
-          Code::kAlreadyExists,
-          fmt::format("{}: exists and is not an empty directory. Fix: remove it, or name another",
-                      path_));
-    part_ = fmt::format("{}.part.{}", path_, ::getpid());
-    if (::mkdir(part_.c_str(), 0750) != 0)
-      throw Error(Code::kUnavailable,
-                  fmt::format("cannot create the directory {}: {}", part_, std::strerror(errno)));
-    ::chmod(part_.c_str(), 0750);
-  }
-  ~NewDirectory() {
-    std::error_code ignored;
-    if (!part_.empty()) fs::remove_all(part_, ignored);
-  }
-  NewDirectory(const NewDirectory&) = delete;
-  NewDirectory& operator=(const NewDirectory&) = delete;
-
-  [[nodiscard]] const std::string& part() const { return part_; }
-  void finish() {
-    if (std::rename(part_.c_str(), path_.c_str()) != 0)
-      throw Error(Code::kUnavailable,
-                  fmt::format("cannot rename {} to {}: {}", part_, path_, std::strerror(errno)));
-    part_.clear();
-  }
-
- private:
-  std::string path_;
-  std::string part_;
 };
 
 std::optional<int64_t> optional_id(const weights::GgufFile& file, const std::string& key) {

@@ -14,6 +14,7 @@
 #include "apps/ranktable.h"
 #include "apps/run.h"
 #include "apps/one_prompt.h"
+#include "apps/quantize.h"
 #include "apps/serve.h"
 
 namespace phalanx::apps {
@@ -33,6 +34,7 @@ constexpr Command kCommands[] = {
     {"ranktable", ranktable_main, "make, check or show a rank table"},
     {"config", config_main, "write a config.json"},
     {"import", import_main, "GGUF file to a checkpoint directory"},
+    {"quantize", quantize_main, "float checkpoint to 8 or 4 bits"},
     {"make-random-model", make_random_model, "a random checkpoint of a given shape, for benchmarks"},
     {"bench", bench_main, "memory, flops, gemm, attention, collectives, engine"},
     {"self-test", one_prompt_main, "answer one prompt with the configured model"},
