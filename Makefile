@@ -1,7 +1,7 @@
 # The front door. It only calls CMake presets and scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: help build demo serve test test-clients bench bench-load bench-peers format lint install clean
+.PHONY: help build demo serve test test-clients bench bench-load bench-peers connections format lint install clean
 
 help:
 	@echo "make build            build/release/phalanx (installs what is missing first)"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench            memory, kernels, collectives, engine; tables in bench/RESULTS.md"
 	@echo "make bench-load       loading beside plain reading and memcpy"
 	@echo "make bench-peers      the same work by llama.cpp, vLLM and OpenVINO; bench/PEERS.md"
+	@echo "make connections      1,000 open streams on two nodes, and more than is allowed"
 	@echo "make install PREFIX=  lays out PREFIX/mindie-service"
 	@echo "make format | lint    clang-format; arrows between rooms and clang-tidy"
 	@echo "make clean            removes build/ (not the cached demo model)"
@@ -40,6 +41,10 @@ bench-load: build
 
 bench-peers: build
 	@scripts/bench-peers
+
+connections: build
+	@scripts/setup --tests
+	@build/venv/bin/python tests/stress_connections.py
 
 format:
 	@scripts/setup --lint

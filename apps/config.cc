@@ -14,8 +14,10 @@
 
 #include "apps/config_environment.h"
 #include "apps/config_file.h"
+#include "apps/config_security.h"
 #include "apps/config_weights.h"
 #include "phalanx/base/guarded_file.h"
+#include "phalanx/net/address.h"
 #include "phalanx/net/digest.h"
 
 namespace phalanx::apps {
@@ -26,6 +28,16 @@ namespace fs = std::filesystem;
 constexpr int64_t kMostRanks = 512;
 constexpr int64_t kLongestContextWithoutFile = 8192;
 constexpr int64_t kLongestOutputWithoutFile = 2048;
+
+bool is_all_zero(const std::string& address) {
+  const auto parsed = net::Address::parse(address);
+  return parsed && parsed->is_all_zero();
+}
+
+bool is_loopback(const std::string& address) {
+  const auto parsed = net::Address::parse(address);
+  return parsed && parsed->is_loopback();
+}
 
 std::string executable_home() {
   std::error_code error;
@@ -86,7 +98,7 @@ void check_listeners(const ServerConfig& server, const std::string& file, Proble
   for (const auto& [key, address] :
        {std::pair{"ipAddress", server.ip_address},
         std::pair{"managementIpAddress", server.management_ip_address}})
-    if (is_all_zero_ip(address) && !server.allow_all_zero_ip)
+    if (is_all_zero(address) && !server.allow_all_zero_ip)
       problems.add({.what = "listening on every address is not allowed",
                     .where = fmt::format("{}: ServerConfig.{}", file, key),
                     .found = address,
@@ -185,7 +197,7 @@ void read_multi_node_table(const std::string& path, const Environment& environme
 
   std::vector<std::string> remote;
   for (const cluster::Server& server : config.table.servers)
-    if (!is_loopback_ip(server.address())) remote.push_back(server.address());
+    if (!is_loopback(server.address())) remote.push_back(server.address());
   const bool written = config.backend.inter_node_tls.has_value();
   const bool asked = written ? *config.backend.inter_node_tls : !remote.empty();
   if (asked)
@@ -203,7 +215,7 @@ void read_multi_node_table(const std::string& path, const Environment& environme
 // One server with worldSize ranks; a set RANK_TABLE_FILE must agree with that.
 void make_single_node_table(const std::string& path, NodeConfig& config, Problems& problems) {
   const std::string address =
-      is_all_zero_ip(config.server.ip_address) ? "127.0.0.1" : config.server.ip_address;
+      is_all_zero(config.server.ip_address) ? "127.0.0.1" : config.server.ip_address;
   cluster::Server server{.server_id = address, .container_ip = address};
   for (int rank = 0; rank < config.model.world_size && rank < kMostRanks; ++rank) {
     const auto& ids = config.backend.device_ids;
@@ -357,17 +369,32 @@ std::vector<std::pair<std::string, std::string>> shared_settings(const NodeConfi
 }
 
 NodeConfig load_node_config(const ServeArguments& arguments, const Environment& environment) {
-  NodeConfig config;
-  config.home = find_home(environment);
   Problems problems;
   Problems warnings;
+  NodeConfig config = examine_node_config(arguments, environment, problems, warnings);
+  problems.throw_if_any("cannot start with this configuration");
+  for (const Problem& warning : warnings.list())
+    config.warnings.push_back(phalanx::to_string(warning));
+  return config;
+}
+
+NodeConfig examine_node_config(const ServeArguments& arguments, const Environment& environment,
+                               Problems& problems, Problems& warnings) {
+  NodeConfig config;
+  config.home = find_home(environment);
   ParallelRequest parallel;
   const bool from_file = arguments.model.empty();
+  config.model.aliases = arguments.aliases;
   if (from_file) {
+    // modelName stays the first name; the command line adds others.
+    if (arguments.served_model_name)
+      config.model.aliases.insert(config.model.aliases.begin(), *arguments.served_model_name);
     for (const auto& [option, given] :
          {std::pair{"--tp", arguments.tp != 0}, std::pair{"--host", !arguments.host.empty()},
           std::pair{"--port", arguments.port != 0},
-          std::pair{"--served-model-name", arguments.served_model_name.has_value()}})
+          std::pair{"--ssl-certfile", !arguments.ssl_certfile.empty()},
+          std::pair{"--ssl-keyfile", !arguments.ssl_keyfile.empty()},
+          std::pair{"--ssl-ca-certs", !arguments.ssl_ca_certs.empty()}})
       if (given)
         problems.add({.what = "option without --model",
                       .where = option,
@@ -386,9 +413,9 @@ NodeConfig load_node_config(const ServeArguments& arguments, const Environment& 
     read_arguments(arguments, config, problems);
   }
   // A file that could not be read at all has said what is wrong: nothing below would be meant.
-  if (from_file && config.model.weight_path.empty() && !problems.empty())
-    problems.throw_if_any("cannot start with this configuration");
+  if (from_file && config.model.weight_path.empty() && !problems.empty()) return config;
 
+  read_front(arguments, environment, config, problems, warnings);
   check_listeners(config.server, config.config_path, problems);
   read_environment(environment, config, problems);
 
@@ -417,12 +444,9 @@ NodeConfig load_node_config(const ServeArguments& arguments, const Environment& 
                                       config.config_path)
                         : "--tp",
               problems);
-  problems.throw_if_any("cannot start with this configuration");
 
   config.model.max_input_tokens =
       std::min(config.model.max_input_tokens, std::max<int64_t>(1, config.model.max_sequence - 1));
-  for (const Problem& warning : warnings.list())
-    config.warnings.push_back(phalanx::to_string(warning));
   for (const std::string& note : config.table.notes) config.warnings.push_back(note);
   config.digest = fingerprint(shared_settings(config));
   return config;

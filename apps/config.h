@@ -12,6 +12,7 @@
 
 #include "phalanx/base/error.h"
 #include "phalanx/cluster/rank_table.h"
+#include "phalanx/net/tls_material.h"
 
 namespace phalanx::apps {
 
@@ -27,6 +28,11 @@ struct ServerConfig {
   std::string open_ai_support = "vllm";
   double token_timeout_s = 600, e2e_timeout_s = 600;
   bool https = true;  // httpsEnabled
+  bool client_certificates = true;  // false: one-way TLS, with API keys
+  net::TlsFiles business_tls, management_tls, metrics_tls;  // whole paths
+  std::vector<std::string> key_digests;  // SHA-256 of the API keys
+  std::vector<std::string> cors_origins, cors_methods = {"*"}, cors_headers = {"*"};
+  bool cors_credentials = false;
 };
 
 struct BackendConfig {
@@ -47,6 +53,7 @@ struct ModelConfig {
   std::optional<std::string> chat_template;
   std::string tool_call_parser;     // a registered name; empty: the family's own
   bool enable_reasoning = false;
+  std::vector<std::string> aliases;  // other names that requests may use
 };
 
 struct ScheduleConfig {
@@ -83,7 +90,14 @@ struct ServeArguments {
   int tp = 0;               // --tp N; 0: one rank
   std::string host;         // --host A; empty: 127.0.0.1
   int port = 0;             // --port P; 0: 1025
-  std::optional<std::string> served_model_name;
+  std::optional<std::string> served_model_name;  // --served-model-name, the first
+  std::vector<std::string> aliases;              // the others
+  std::vector<std::string> api_keys;             // --api-key
+  std::string api_key_file;                      // --api-key-file
+  std::string ssl_certfile, ssl_keyfile, ssl_ca_certs;  // --ssl-*, with --model
+  std::string https_client_auth;                 // --https-client-auth: "required", "none", or empty
+  std::vector<std::string> allowed_origins, allowed_methods, allowed_headers;
+  bool allow_credentials = false;
 };
 
 // The settings that all nodes must share, by their key names, for comparison at a join; the digest
@@ -94,7 +108,14 @@ struct ServeArguments {
 using Environment = std::map<std::string, std::string>;
 [[nodiscard]] Environment process_environment();
 
-// Finds, admits, parses and validates everything; throws Error(kInvalidArgument) with all
+// Finds, admits, parses and validates everything and goes on after every finding; the result is of
+// use for further checks, and for a start only if there was no problem. Opens no socket, reads no
+// weights.
+[[nodiscard]] NodeConfig examine_node_config(const ServeArguments& arguments,
+                                             const Environment& environment, Problems& problems,
+                                             Problems& warnings);
+
+// The same; throws Error(kInvalidArgument) with all
 // problems at once. Opens no socket, reads no weights.
 [[nodiscard]] NodeConfig load_node_config(const ServeArguments& arguments,
                                           const Environment& environment);

@@ -1,6 +1,5 @@
 #include "apps/config_file.h"
 
-#include <arpa/inet.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -10,8 +9,10 @@
 #include <set>
 
 #include "apps/config_section.h"
+#include "apps/config_security.h"
 #include "phalanx/base/json.h"
 #include "phalanx/text/tool_calls.h"
+#include "phalanx/net/address.h"
 
 namespace phalanx::apps {
 namespace {
@@ -97,20 +98,8 @@ void read_server(const json& object, Reading& reading) {
                       "write \"inferMode\": \"standard\"");
   }
 
-  if (section.boolean("httpsEnabled", Need::kMandatory, server.https) && server.https)
-    section.problem("httpsEnabled", "this version serves plain HTTP only", "true", "false",
-                    "write \"httpsEnabled\": false, and keep the three ports inside a trusted "
-                    "network or behind a TLS proxy");
-  const Need tls = server.https ? Need::kMandatory : Need::kOptional;
-  tls_keys(section, tls, {"tlsCaPath", "tlsCert", "tlsPk"}, {"tlsPkPwd", "tlsCrlPath"}, "tlsCaFile",
-           "tlsCrlFiles");
-  tls_keys(section, Need::kOptional, {},
-           {"managementTlsCert", "managementTlsPk", "managementTlsPkPwd", "managementTlsCrlPath"},
-           "managementTlsCaFile", "managementTlsCrlFiles");
-  tls_keys(section, Need::kOptional, {},
-           {"metricsTlsCert", "metricsTlsPk", "metricsTlsPkPwd", "metricsTlsCrlPath",
-            "kmcKsfMaster", "kmcKsfStandby"},
-           "metricsTlsCaFile", "metricsTlsCrlFiles");
+  section.boolean("httpsEnabled", Need::kMandatory, server.https);
+  read_plane_tls(section, reading.config.home, server);
 
   if (const json* health = section.object("HealthCheckConfig", Need::kOptional)) {
     ConfigSection inner = reading.section(*health, "ServerConfig.HealthCheckConfig");
@@ -433,25 +422,7 @@ bool is_model_name(const std::string& name) {
   return name.size() <= 256 && std::regex_match(name, kPattern);
 }
 
-bool is_ip(const std::string& address) {
-  in6_addr buffer{};
-  return inet_pton(AF_INET, address.c_str(), &buffer) == 1 ||
-         inet_pton(AF_INET6, address.c_str(), &buffer) == 1;
-}
-
-bool is_all_zero_ip(const std::string& address) {
-  in_addr v4{};
-  if (inet_pton(AF_INET, address.c_str(), &v4) == 1) return v4.s_addr == 0;
-  in6_addr v6{};
-  return inet_pton(AF_INET6, address.c_str(), &v6) == 1 && IN6_IS_ADDR_UNSPECIFIED(&v6);
-}
-
-bool is_loopback_ip(const std::string& address) {
-  in_addr v4{};
-  if (inet_pton(AF_INET, address.c_str(), &v4) == 1) return (ntohl(v4.s_addr) >> 24) == 127;
-  in6_addr v6{};
-  return inet_pton(AF_INET6, address.c_str(), &v6) == 1 && IN6_IS_ADDR_LOOPBACK(&v6);
-}
+bool is_ip(const std::string& address) { return net::Address::parse(address).has_value(); }
 
 void read_config_text(const std::string& text, const std::string& file, NodeConfig& config,
                       ParallelRequest& parallel, Problems& problems) {
@@ -478,7 +449,8 @@ void read_config_text(const std::string& text, const std::string& file, NodeConf
     read_server(*server, reading);
   if (const json* backend = section.object("BackendConfig", Need::kMandatory))
     read_backend(*backend, reading);
-  section.without_effect({"LogConfig", "EnableDynamicAdjustTimeoutConfig"});
+  (void)section.any("LogConfig");  // ConfigWatch reads it, again and again
+  section.without_effect({"EnableDynamicAdjustTimeoutConfig"});
   section.finish();
 }
 

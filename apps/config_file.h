@@ -24,7 +24,5 @@ void read_config_text(const std::string& text, const std::string& file, NodeConf
 [[nodiscard]] bool is_model_name(const std::string& name);
 // IPv4 or IPv6 in numbers.
 [[nodiscard]] bool is_ip(const std::string& address);
-[[nodiscard]] bool is_all_zero_ip(const std::string& address);
-[[nodiscard]] bool is_loopback_ip(const std::string& address);
 
 }  // namespace phalanx::apps

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <ctime>
 #include <filesystem>
 #include <optional>
 #include <sstream>
@@ -115,6 +116,15 @@ void read_rotation(const std::string& text, LogOptions& options,
   options.file_count = count;
 }
 
+std::optional<int64_t> parse_time(const std::string& text) {
+  std::tm time{};
+  if (text.size() != 19) return {};
+  const char* end = ::strptime(text.c_str(), "%Y-%m-%d %H:%M:%S", &time);
+  if (end == nullptr || *end != 0) return {};
+  time.tm_isdst = -1;
+  return static_cast<int64_t>(std::mktime(&time));
+}
+
 fs::path log_directory(const Environment& environment, const std::string& path) {
   if (!path.empty() && path.front() == '/') return fs::path(path) / "debug";
   const fs::path base = fs::path(variable(environment, "HOME")) / "mindie" / "log";
@@ -141,6 +151,13 @@ LogOptions node_log_options(const Environment& environment, std::vector<std::str
           environment, "MINDIE_LOG_TO_FILE",
           {"MINDIE_LLM_PYTHON_LOG_TO_FILE", "MINDIE_LLM_LOG_TO_FILE", "MIES_PYTHON_LOG_TO_FILE"}),
       false, warnings);
+  options.verbose = read_switch("MINDIE_LOG_VERBOSE", variable(environment, "MINDIE_LOG_VERBOSE"), true,
+                                warnings);
+  if (const std::string format = lower(variable(environment, "PHALANX_LOG_FORMAT")); !format.empty()) {
+    options.json = format == "json";
+    if (format != "json" && format != "text")
+      bad(warnings, "PHALANX_LOG_FORMAT", format, "json or text");
+  }
   const std::string rotation = variable(environment, "MINDIE_LOG_ROTATE");
   if (!rotation.empty()) read_rotation(rotation, options, warnings);
   if (!to_file) return options;
@@ -148,21 +165,50 @@ LogOptions node_log_options(const Environment& environment, std::vector<std::str
   const fs::path folder = log_directory(
       environment, log_variable(environment, "MINDIE_LOG_PATH",
                                 {"MIES_PYTHON_LOG_PATH", "MINDIE_LLM_PYTHON_LOG_PATH"}));
-  std::error_code error;
-  if (!fs::exists(folder, error)) {
-    fs::create_directories(folder, error);
-    if (!error) ::chmod(folder.c_str(), 0750);
-  }
-  if (!fs::is_directory(folder, error)) {
-    bad(warnings, "MINDIE_LOG_PATH", folder.string(), "a directory that can be made");
-    return options;
+  const fs::path audit_folder = folder.parent_path() / "security";
+  for (const fs::path& made : {folder, audit_folder}) {
+    std::error_code error;
+    if (!fs::exists(made, error)) {
+      fs::create_directories(made, error);
+      if (!error) ::chmod(made.c_str(), 0750);
+    }
+    if (!fs::is_directory(made, error)) {
+      bad(warnings, "MINDIE_LOG_PATH", made.string(), "a directory that can be made");
+      return options;
+    }
   }
   const std::time_t now = std::time(nullptr);
   std::tm local{};
   ::localtime_r(&now, &local);
-  options.file =
-      (folder / fmt::format("mindie-server_{}_{:%Y%m%d%H%M%S}.log", ::getpid(), local)).string();
+  const std::string name = fmt::format("mindie-server_{}_{:%Y%m%d%H%M%S}.log", ::getpid(), local);
+  options.file = (folder / name).string();
+  options.audit_file = (audit_folder / name).string();
   return options;
+}
+
+std::string LogLevelKeys::problem() const {
+  std::string text;
+  if (!level.empty() && !parse_level(lower(level)))
+    text += fmt::format("LogConfig.dynamicLogLevel: found \"{}\", expected DEBUG, INFO, WARN, ERROR or "
+                        "CRITICAL. ",
+                        level);
+  if (valid_hours < 1 || valid_hours > 168)
+    text += fmt::format("LogConfig.dynamicLogLevelValidHours: found {}, expected [1, 168]. ", valid_hours);
+  if (!valid_time.empty() && !parse_time(valid_time))
+    text += fmt::format("LogConfig.dynamicLogLevelValidTime: found \"{}\", expected \"YYYY-MM-DD "
+                        "HH:MM:SS\". ",
+                        valid_time);
+  return text;
+}
+
+LogLevel LogLevelState::level_at(const LogLevelKeys& keys, LogLevel usual, int64_t now) {
+  if (!(keys == keys_)) {
+    keys_ = keys;
+    const auto written = parse_time(keys.valid_time);
+    since_ = written && *written < now ? *written : now;
+  }
+  if (keys.level.empty() || now >= since_ + int64_t{3600} * keys.valid_hours) return usual;
+  return parse_level(lower(keys.level)).value_or(usual);
 }
 
 }  // namespace phalanx::apps

@@ -135,7 +135,7 @@ TEST_F(ConfigTest, FullDocumentedFileStarts) {
         "BackendConfig.kvPoolConfig\n", "ModelConfig[0].plugin_params\n",
         "ModelConfig[0].some_sampling_key (unknown key)\n",
         "ModelConfig[0].models.llama.ep_level\n", "ScheduleConfig.stageSelectPolicy\n",
-        "LogConfig\n", "environment variable HCCL_OP_EXPANSION_MODE\n"})
+        "environment variable HCCL_OP_EXPANSION_MODE\n"})
     EXPECT_TRUE(contains(ignored, key)) << key << " not in\n" << ignored;
   EXPECT_FALSE(contains(ignored, "tlsPkPwd"));
   EXPECT_EQ(config.model.chat_template, "{{x}}");
@@ -202,10 +202,6 @@ const std::vector<Mistake>& mistakes() {
       {"bad_flag",
        {{"/ServerConfig/allowAllZeroIpListening", "1"}},
        {"ServerConfig.allowAllZeroIpListening: wrong type", "integer 1", "true or false"}},
-      {"https",
-       {{"/ServerConfig/httpsEnabled", "true"}},
-       {"ServerConfig.httpsEnabled: this version serves plain HTTP only",
-        "write \"httpsEnabled\": false"}},
       {"dmi",
        {{"/ServerConfig/inferMode", "\"dmi\""}},
        {"ServerConfig.inferMode", "disaggregation is not supported"}},
@@ -544,6 +540,26 @@ TEST_F(ConfigTest, LogVariablesAreReadWithTheirOldNames) {
   options = node_log_options(environment_, warnings);
   EXPECT_EQ(options.level, LogLevel::kInfo);
   EXPECT_EQ(warnings.size(), 2u);
+}
+
+TEST(LogLevelStateTest, ALevelHoldsForItsHoursOnly) {
+  constexpr int64_t kNow = 1800000000;
+  LogLevelState state;
+  LogLevelKeys keys{.level = "debug", .valid_hours = 1};
+  EXPECT_EQ(state.level_at({}, LogLevel::kInfo, kNow), LogLevel::kInfo);
+  EXPECT_EQ(state.level_at(keys, LogLevel::kInfo, kNow), LogLevel::kDebug);
+  EXPECT_EQ(state.level_at(keys, LogLevel::kInfo, kNow + 3599), LogLevel::kDebug);
+  EXPECT_EQ(state.level_at(keys, LogLevel::kInfo, kNow + 3600), LogLevel::kInfo);
+  keys.level = "ERROR";  // written again: from now on
+  EXPECT_EQ(state.level_at(keys, LogLevel::kInfo, kNow + 4000), LogLevel::kError);
+  keys.valid_time = "2020-01-01 00:00:00";  // long over
+  EXPECT_EQ(state.level_at(keys, LogLevel::kInfo, kNow + 4001), LogLevel::kInfo);
+  keys.valid_time = "2090-01-01 00:00:00";  // a beginning in the future counts as now
+  EXPECT_EQ(state.level_at(keys, LogLevel::kInfo, kNow + 4002), LogLevel::kError);
+  EXPECT_EQ(keys.problem(), "");
+  keys = {.level = "loud", .valid_hours = 200, .valid_time = "soon"};
+  for (const char* part : {"\"loud\"", "found 200", "\"soon\""})
+    EXPECT_TRUE(contains(keys.problem(), part)) << keys.problem();
 }
 
 TEST(ConfigMakeTest, SetReachesAnyKey) {

@@ -124,6 +124,23 @@ std::optional<int64_t> positive_integer(const nlohmann::json& object, const char
   return it->get<int64_t>();
 }
 
+// The rest of what is read of a checkpoint: links and open modes. Weights themselves only warn.
+void check_other_files(const std::string& directory, const WeightRules& rules, Problems& problems,
+                       Problems& warnings) {
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, error)) {
+    const std::string name = entry.path().filename();
+    const bool weights = name.ends_with(".safetensors");
+    if (name == "config.json" || name == "generation_config.json" ||
+        !(weights || name.ends_with(".json") || name.ends_with(".jinja") || name.ends_with(".model")))
+      continue;
+    Problems& findings = rules.strict && !weights ? problems : warnings;
+    (void)check_guarded_file(entry.path().string(),
+                             {.root_exempt = true, .min_bytes = 0, .max_bytes = INT64_MAX}, findings,
+                             warnings);
+  }
+}
+
 FileRule model_json_rule() { return {.root_exempt = true, .max_bytes = kLargestModelJson}; }
 
 }  // namespace
@@ -183,6 +200,7 @@ WeightFacts check_weight_directory(const std::string& directory, const std::stri
     }
   }
 
+  check_other_files(directory, rules, problems, warnings);
   const std::string generation =
       (std::filesystem::path(directory) / "generation_config.json").string();
   if (::access(generation.c_str(), F_OK) == 0) {

@@ -114,7 +114,7 @@ struct Instance::State {
                               .max_batch = s.max_batch,
                               .max_output_tokens = s.max_output_tokens,
                               .max_step_tokens = plan.max_step_tokens,
-                              .max_queue = 2 * config.server.max_link_num,
+                              .max_queue = 3 * config.server.max_link_num,
                               .generation = node.generation()},
         *executor);
     engine->on_failure([this](const Error& error) {

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "apps/bench.h"
+#include "apps/check.h"
 #include "apps/config_make.h"
 #include "apps/import.h"
 #include "apps/make_random_model.h"
@@ -32,6 +33,7 @@ constexpr Command kCommands[] = {
     {"serve", serve_main, "start a node (config.json and rank table, or --model DIR)"},
     {"run", run_main, "offline inference with the options of run_pa"},
     {"ranktable", ranktable_main, "make, check or show a rank table"},
+    {"check", check_main, "everything a start needs, without loading; exit status 0 or 1"},
     {"config", config_main, "write a config.json"},
     {"import", import_main, "GGUF file to a checkpoint directory"},
     {"quantize", quantize_main, "float checkpoint to 8 or 4 bits"},

@@ -19,6 +19,7 @@
 #include "apps/instance.h"
 #include "apps/prompt_head.h"
 #include "apps/run_report.h"
+#include "phalanx/net/address.h"
 #include "phalanx/base/json.h"
 #include "phalanx/base/log.h"
 #include "phalanx/text/chat_template.h"
@@ -192,7 +193,8 @@ void check_clear_text(const RunArguments& a, const Environment& environment, con
                       Problems& problems) {
   if (a.inter_node_tls == "off" || get(environment, "PHALANX_INTER_NODE_TLS") == "off") return;
   for (const cluster::Server& server : config.table.servers) {
-    if (config.table.servers.size() == 1 || is_loopback_ip(server.address())) continue;
+    const auto address = net::Address::parse(server.address());
+    if (config.table.servers.size() == 1 || (address && address->is_loopback())) continue;
     problems.add({.what = "traffic between hosts would be clear text, and TLS for offline runs is "
                           "not part of this version",
                   .where = "rank table, server " + server.address(), .found = "no word on TLS",

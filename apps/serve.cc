@@ -1,17 +1,24 @@
 #include "apps/serve.h"
 
 #include <fmt/format.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 
+#include "apps/check.h"
+#include "apps/config_security.h"
+#include "apps/config_watch.h"
 #include "apps/generation_defaults.h"
 #include "apps/instance.h"
 #include "apps/config_log.h"
 #include "phalanx/api/http_server.h"
+#include "phalanx/api/plane_tls.h"
 #include "phalanx/api/service.h"
 #include "phalanx/base/log.h"
 #include "phalanx/text/chat_template.h"
@@ -19,27 +26,6 @@
 
 namespace phalanx::apps {
 namespace {
-
-// Which plane listens where (config-json.md §4.2; row 5 differs on purpose: the management routes
-// stay on the management address).
-std::vector<api::ListenerOptions> plane_listeners(const ServerConfig& s) {
-  struct Place {
-    std::string address;
-    int port;
-    unsigned plane;
-  };
-  std::vector<api::ListenerOptions> listeners;
-  for (const Place& place : {Place{s.ip_address, s.port, api::kBusiness},
-                             Place{s.management_ip_address, s.management_port, api::kManagement},
-                             Place{s.management_ip_address, s.metrics_port, api::kMetrics}}) {
-    const auto same = std::find_if(listeners.begin(), listeners.end(), [&](const auto& l) {
-      return l.address == place.address && l.port == place.port;
-    });
-    if (same != listeners.end()) same->planes |= place.plane;
-    else listeners.push_back({place.address, static_cast<uint16_t>(place.port), place.plane});
-  }
-  return listeners;
-}
 
 api::ServiceOptions service_options(const NodeConfig& c, const models::ModelInfo& info) {
   const auto dtype = [&] {
@@ -50,6 +36,7 @@ api::ServiceOptions service_options(const NodeConfig& c, const models::ModelInfo
     }
   };
   return {.model_name = c.model.name,
+          .model_aliases = c.model.aliases,
           .model_path = c.model.weight_path,
           .model_dtype = dtype(),
           .max_sequence = c.model.max_sequence,
@@ -79,6 +66,49 @@ api::ServiceOptions service_options(const NodeConfig& c, const models::ModelInfo
           .full_text = c.server.full_text};
 }
 
+// Certificates of the listeners, or null where there is no TLS.
+std::unique_ptr<api::PlaneTls> open_tls(const ServerConfig& server) {
+  if (!server.https) return nullptr;
+  std::vector<api::PlaneTls::Plane> planes;
+  for (const PlaneListener& listener : plane_listeners(server))
+    planes.push_back(listener_tls(listener, server));
+  Problems warnings;  // shown by the check before
+  return std::make_unique<api::PlaneTls>(std::move(planes), warnings, api::PlaneTls::Options{});
+}
+
+void record(const api::AccessRecord& r) {
+  log_info("{}", api::to_line(r));
+  if (r.method == "GET" || r.method == "HEAD") {
+    // Probes are no operations; what changes the service is.
+    if (r.path != "/stopService") return;
+  }
+  log_audit(r.peer, fmt::format("Response mindie server, method={}, uri is {}", r.method, r.path),
+            fmt::format("status code: {}", r.status));
+}
+
+api::ServerOptions server_options(const NodeConfig& config, const api::PlaneTls* tls) {
+  const ServerConfig& s = config.server;
+  api::ServerOptions options;
+  const auto listeners = plane_listeners(s);
+  for (size_t i = 0; i < listeners.size(); ++i) {
+    api::ListenerOptions listener{listeners[i].address, static_cast<uint16_t>(listeners[i].port),
+                                  listeners[i].planes};
+    if (tls != nullptr) listener.tls = [tls, i] { return tls->current(i); };
+    options.listeners.push_back(std::move(listener));
+  }
+  options.work_threads = static_cast<int>(std::min<int64_t>(config.backend.tokenizer_threads, 4));
+  options.max_body_bytes = s.max_request_mb << 20;
+  options.max_requests = 3 * s.max_link_num;
+  options.max_connections = 3 * s.max_link_num + 100;
+  options.gate = {.key_digests = s.key_digests,
+                  .origins = s.cors_origins,
+                  .methods = s.cors_methods,
+                  .headers = s.cors_headers,
+                  .credentials = s.cors_credentials};
+  options.on_finished = record;
+  return options;
+}
+
 // The HTTP side of the master. Ports are taken at construction, before anything loads.
 class HttpHead final : public Head {
  public:
@@ -88,15 +118,13 @@ class HttpHead final : public Head {
         tokenizer_(text::Tokenizer::load(config.model.weight_path)),
         chat_template_(text::ChatTemplate::load(config.model.weight_path,
                                                 config.model.chat_template.value_or(""))),
-        server_({.listeners = plane_listeners(config.server),
-                 .work_threads = static_cast<int>(std::min<int64_t>(config.backend.tokenizer_threads, 4)),
-                 .max_body_bytes = config.server.max_request_mb << 20,
-                 .max_connections = 3 * config.server.max_link_num + 100}) {}
+        tls_(open_tls(config.server)),
+        server_(server_options(config, tls_.get())) {}
 
   void open(engine::Engine& engine) override {
     service_ = std::make_unique<api::Service>(
         options_, engine, tokenizer_, chat_template_, [this] { return health(); },
-        [this] { return instance_.status_json(); },
+        [this] { return status(); },
         [this] { instance_.stop("GET /stopService"); });
     service_->mount(server_);
     server_.start();
@@ -108,6 +136,16 @@ class HttpHead final : public Head {
   void fail(const Error&) override {}  // the engine tells every request; health() tells probes
 
  private:
+  std::string status() const {
+    auto json = nlohmann::json::parse(instance_.status_json());
+    if (tls_) {
+      auto list = nlohmann::json::array();
+      for (const auto& expiry : tls_->expiries())
+        list.push_back({{"plane", expiry.plane}, {"not_after", expiry.not_after}});
+      json["certificates"] = std::move(list);
+    }
+    return json.dump();
+  }
   api::InstanceHealth health() {
     const InstanceView view = instance_.view();
     api::InstanceHealth health{.lost = view.lost};
@@ -127,6 +165,7 @@ class HttpHead final : public Head {
   api::ServiceOptions options_;
   std::shared_ptr<const text::Tokenizer> tokenizer_;
   std::shared_ptr<const text::ChatTemplate> chat_template_;
+  std::unique_ptr<api::PlaneTls> tls_;
   api::Server server_;
   std::unique_ptr<api::Service> service_;
   bool open_ = false;
@@ -155,41 +194,97 @@ void show_start(const NodeConfig& config, const NodePlan& plan, const HostResour
            format_bytes(host.memory_bytes), host.memory_source);
 }
 
+// Room for every connection that is allowed.
+void raise_file_limit() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == limit.rlim_max) return;
+  limit.rlim_cur = limit.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 }  // namespace
+
+void add_serve_options(CLI::App& app, ServeArguments& arguments) {
+  ServeArguments& a = arguments;
+  app.add_option("--config-file", a.config_file, "config.json (else MIES_CONFIG_JSON_PATH, else <home>/conf/config.json)");
+  app.add_option("--model", a.model, "checkpoint directory; serve it on this machine, no files needed");
+  app.add_option("--tp", a.tp, "number of ranks on this machine, with --model")->check(CLI::Range(1, 1024));
+  app.add_option("--host", a.host, "address to listen on, with --model (127.0.0.1)");
+  app.add_option("--port", a.port, "port, with --model (1025)")->check(CLI::Range(1, 65535));
+  app.add_option_function<std::vector<std::string>>(
+         "--served-model-name",
+         [&a](const std::vector<std::string>& names) {
+           a.served_model_name = names.front();
+           a.aliases.assign(names.begin() + 1, names.end());
+         },
+         "names in the API; with --model the first is the model's own name, else all are aliases")
+      ->expected(1, 16);
+  app.add_option("--api-key", a.api_keys, "clients must send one of these keys (Authorization: Bearer); better --api-key-file")
+      ->expected(1, 1000);
+  app.add_option("--api-key-file", a.api_key_file, "one key per line, mode 0600");
+  app.add_option("--https-client-auth", a.https_client_auth, "required (default), or none: one-way TLS, with API keys")
+      ->check(CLI::IsMember({"required", "none"}));
+  app.add_option("--ssl-certfile", a.ssl_certfile, "HTTPS certificate, with --model");
+  app.add_option("--ssl-keyfile", a.ssl_keyfile, "its key, with --model");
+  app.add_option("--ssl-ca-certs", a.ssl_ca_certs, "authorities of client certificates, with --model; without: API keys are needed");
+  app.add_option("--allowed-origins", a.allowed_origins, "CORS: origins, or *; default none")->expected(1, 1000);
+  app.add_option("--allowed-methods", a.allowed_methods, "CORS: methods (*)")->expected(1, 100);
+  app.add_option("--allowed-headers", a.allowed_headers, "CORS: headers (*)")->expected(1, 100);
+  app.add_flag("--allow-credentials", a.allow_credentials, "CORS: cookies and authorization");
+}
+
+void hide_secrets(const ServeArguments& arguments, int argc, char** argv) {
+  for (int i = 1; i < argc; ++i)
+    for (const std::string& key : arguments.api_keys) {
+      std::string_view text(argv[i]);
+      const size_t at = text.size() >= key.size() ? text.size() - key.size() : 0;
+      const bool is_value = text == key || text == "--api-key=" + key;
+      if (is_value) std::memset(argv[i] + at, '*', key.size());
+    }
+}
 
 int serve_main(int argc, char** argv) {
   ::umask(0027);
   ServeArguments arguments;
   std::string expert_parallel;
   CLI::App app{"Starts one node of an instance. Without a config file: --model DIR."};
-  app.add_option("--config-file", arguments.config_file, "config.json (else MIES_CONFIG_JSON_PATH, else <home>/conf/config.json)");
-  app.add_option("--model", arguments.model, "checkpoint directory; serve it on this machine, no files needed");
-  app.add_option("--tp", arguments.tp, "number of ranks on this machine, with --model")->check(CLI::Range(1, 1024));
-  app.add_option("--host", arguments.host, "address to listen on, with --model (127.0.0.1)");
-  app.add_option("--port", arguments.port, "port, with --model (1025)")->check(CLI::Range(1, 65535));
-  std::string served_name;
-  app.add_option("--served-model-name", served_name, "name in the API, with --model");
+  add_serve_options(app, arguments);
   app.add_option("--expert-parallel", expert_parallel, "accepted, without effect");
   std::string on_loss = "fail";
   app.add_option("--on-loss", on_loss, "when a rank is lost: fail (running requests get an error that names it, the nodes exit)")
       ->check(CLI::IsMember({"fail"}));
   CLI11_PARSE(app, argc, argv);
-  if (!served_name.empty()) arguments.served_model_name = served_name;
+  hide_secrets(arguments, argc, argv);
+  raise_file_limit();
 
   const Environment environment = process_environment();
-  NodeConfig config = load_node_config(arguments, environment);
+  CheckReport report = check_start(arguments, environment, {.ports = true, .text = false});
+  NodeConfig& config = report.config;
+  if (!report.problems.empty()) {
+    fmt::print(stderr, "phalanx: cannot start with this configuration ({} problem{}):\n{}",
+               report.problems.list().size(), report.problems.list().size() == 1 ? "" : "s",
+               findings_table(report.problems));
+    return 1;
+  }
+  config.warnings.clear();
+  for (const Problem& warning : report.warnings.list())
+    config.warnings.push_back(to_string(warning));
   const cluster::Server& own = config.table.servers[static_cast<size_t>(config.own_server)];
   LogOptions log = node_log_options(environment, config.warnings);
   log.tag = fmt::format("node {}", own.address());
   set_up_log(log);
   const HostResources host = host_resources();
-  const NodePlan plan = plan_node(config, host);
+  const NodePlan& plan = *report.plan;
   show_start(config, plan, host);
 
   Instance instance(config, plan);
+  const ConfigWatch watch(config.config_path, log.level);
   instance.set_success_line("Daemon start success!");
   if (instance.is_master()) instance.set_head(std::make_unique<HttpHead>(config, plan, instance));
-  return instance.run();
+  log_audit("system", "Start mindie server", "success");
+  const int status = instance.run();
+  log_audit("system", "stop mindie server", status == 0 ? "success" : "fail");
+  return status;
 }
 
 }  // namespace phalanx::apps

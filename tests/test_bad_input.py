@@ -116,11 +116,9 @@ def test_open_mode(instance):
 
 def test_tls_is_refused_by_name(instance):
     def change(config):
-        config["ServerConfig"]["httpsEnabled"] = True
         config["BackendConfig"]["interNodeTLSEnabled"] = True
     edit(instance.config_file, change)
-    refused(instance.environment(0), "ServerConfig.httpsEnabled", '"httpsEnabled": false',
-            "BackendConfig.interNodeTLSEnabled", '"interNodeTLSEnabled": false')
+    refused(instance.environment(0), "BackendConfig.interNodeTLSEnabled", '"interNodeTLSEnabled": false')
 
 
 def test_unknown_and_effectless_keys_are_accepted_in_one_warning(instance):

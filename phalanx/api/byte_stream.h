@@ -15,6 +15,10 @@ namespace boost::asio {
 class io_context;
 }
 
+namespace phalanx::net {
+class TlsContext;
+}
+
 namespace phalanx::api {
 
 // One client's bytes below HTTP (TCP or TLS), with the strand that all of its completions run on and
@@ -29,8 +33,11 @@ class ByteStream {
   virtual void post(std::function<void()> work) = 0;
 
   // On the strand:
-  // Before the first byte. `failure` is empty, or says why there is no connection.
+  // Before the first byte. `failure` is empty, or says why there is no connection; then the peer may
+  // still be told so, and what is read is of no meaning.
   virtual void handshake(std::function<void(const std::string& failure)> done) = 0;
+  // After the handshake: the subject of the client's certificate, or empty.
+  [[nodiscard]] virtual std::string peer_name() const = 0;
   virtual void read_some(std::span<char> buffer, Done done) = 0;
   // At least one byte of `bytes`, which is not empty.
   virtual void write_some(std::string_view bytes, Done done) = 0;
@@ -45,5 +52,9 @@ class ByteStream {
 // `socket` is connected and non-blocking.
 [[nodiscard]] std::unique_ptr<ByteStream> make_tcp_stream(boost::asio::io_context& io,
                                                           UniqueFd socket);
+// The server's side of TLS. `context` may go afterwards.
+[[nodiscard]] std::unique_ptr<ByteStream> make_tls_stream(boost::asio::io_context& io,
+                                                          UniqueFd socket,
+                                                          const net::TlsContext& context);
 
 }  // namespace phalanx::api

@@ -4,10 +4,11 @@
 
 #include <algorithm>
 #include <boost/beast/http/status.hpp>
+#include <chrono>
 #include <exception>
-#include <random>
 #include <span>
 
+#include "phalanx/api/listener.h"
 #include "phalanx/base/log.h"
 
 namespace phalanx::api {
@@ -17,26 +18,13 @@ namespace http = boost::beast::http;
 
 constexpr size_t kPipelinedBytes = 65536;  // read ahead while an answer is pending
 constexpr double kLingerSeconds = 5;
-
-std::string make_uuid() {
-  thread_local std::mt19937_64 random(std::random_device{}());
-  const uint64_t a = random();
-  const uint64_t b = random();
-  return fmt::format("{:08x}-{:04x}-4{:03x}-{:04x}-{:012x}", a >> 32, (a >> 16) & 0xffff, a & 0xfff,
-                     0x8000 | ((b >> 48) & 0x3fff), b & 0xffffffffffff);
-}
+constexpr int kClientLeft = 499;  // in logs only
 
 // A header's value may quote what a client sent; it must not end the line.
 std::string one_line(std::string value) {
   std::replace_if(value.begin(), value.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; },
                   ' ');
   return value;
-}
-
-std::string status_line_and_id(int status) {
-  const auto reason = http::obsolete_reason(static_cast<http::status>(status));
-  return fmt::format("HTTP/1.1 {} {}\r\nRequestUUID: {}\r\n", status,
-                     std::string_view(reason.data(), reason.size()), make_uuid());
 }
 
 class Exchange final : public Responder {
@@ -102,9 +90,11 @@ Connection::Connection(std::shared_ptr<ConnectionHost> host, std::unique_ptr<Byt
 
 void Connection::start() {
   stream_->post([self = shared_from_this()] {
-    self->set_deadline(self->host_->options().read_seconds);
+    self->set_deadline(self->host_->options().handshake_seconds);
     self->stream_->handshake([self](const std::string& failure) {
-      if (!failure.empty()) return self->kill("handshake failed");
+      if (!failure.empty()) return self->handshake_failed(failure);
+      if (self->dead_) return;
+      self->set_deadline(self->host_->options().read_seconds);
       self->read();
     });
   });
@@ -114,13 +104,24 @@ void Connection::refuse(HttpResponse response) {
   stream_->post([self = shared_from_this(), r = std::move(response)] {
     self->set_deadline(kLingerSeconds);
     self->stream_->handshake([self, r](const std::string& failure) {
-      if (!failure.empty()) return self->kill("handshake failed");
+      if (!failure.empty()) return self->handshake_failed(failure);
+      if (self->dead_) return;
       self->closing_ = true;
       self->append_answer(r, true);
       self->flush();
       self->read();
     });
   });
+}
+
+void Connection::handshake_failed(const std::string& failure) {
+  log_warn("TLS handshake with {} on the {} plane failed: {}", peer_, plane_names(planes_), failure);
+  if (dead_) return;
+  // Closing at once, with unread bytes, would reset the connection before the client reads why.
+  closing_ = true;
+  lingering_ = true;
+  set_deadline(kLingerSeconds);
+  read();
 }
 
 void Connection::close() {
@@ -162,7 +163,8 @@ void Connection::on_read(std::error_code error, size_t bytes) {
   if (!closing_) {
     input_.append(read_buffer_.data(), bytes);
     if (!answering_) {
-      if (parser_ && head_seen_) set_deadline(host_->options().read_seconds);
+      body_bytes_ += static_cast<int64_t>(bytes);
+      if (parser_ && head_seen_) set_deadline(body_seconds());
       parse();
     }
   }
@@ -193,29 +195,34 @@ void Connection::parse() {
       case RequestParser::State::kBody:
         break;
       case RequestParser::State::kDone:
+        if (!head_seen_ && !begin_turn()) continue;
         input_.erase(0, at);
         at = 0;
         dispatch();
         continue;
       case RequestParser::State::kHeadTooLarge:
-        answer_and_close(431, "", "");
+        answer_and_close({.status = 431, .content_type = "", .body = {}, .headers = {}});
         continue;
       case RequestParser::State::kBodyTooLarge:
-        answer_and_close(413, "application/json",
-                         fmt::format("{{\"message\":\"Request body too large. Maximum allowed size "
-                                     "is {}MB.\"}}",
-                                     host_->options().max_body_bytes >> 20));
+        answer_and_close({.status = 413,
+                          .body = fmt::format("{{\"message\":\"Request body too large. Maximum "
+                                              "allowed size is {}MB.\"}}",
+                                              host_->options().max_body_bytes >> 20),
+                          .headers = {}});
         continue;
       case RequestParser::State::kMalformed:
-        answer_and_close(400, "application/json",
-                         fmt::format("{{\"error\":\"Malformed HTTP request: {}\",\"error_type\":"
-                                     "\"Bad Request\"}}",
-                                     parser_->reason()));
+        answer_and_close({.status = 400,
+                          .body = fmt::format("{{\"error\":\"Malformed HTTP request: {}\","
+                                              "\"error_type\":\"Bad Request\"}}",
+                                              parser_->reason()),
+                          .headers = {}});
         continue;
     }
     if (state == RequestParser::State::kBody && !head_seen_) {
-      head_seen_ = true;
-      http10_ = parser_->http10();
+      if (!begin_turn()) continue;
+      body_begun_ = Clock::now();
+      body_bytes_ = 0;
+      set_deadline(host_->options().read_seconds);
       if (parser_->expects_continue()) {
         out_ += "HTTP/1.1 100 Continue\r\n\r\n";
         flush();
@@ -226,8 +233,79 @@ void Connection::parse() {
   input_.erase(0, std::min(at, input_.size()));
 }
 
-void Connection::dispatch() {
+// A slow sender may take as long as its body is long, no longer.
+double Connection::body_seconds() const {
+  const ServerOptions& o = host_->options();
+  const auto since = std::chrono::duration<double>(Clock::now() - body_begun_).count();
+  const double allowed =
+      o.read_seconds + static_cast<double>(body_bytes_) / o.body_bytes_per_second;
+  return std::min(o.read_seconds, std::max(0.0, allowed - since));
+}
+
+// The head is here: whoever may not ask is told so before the body is read.
+bool Connection::begin_turn() {
+  head_seen_ = true;
   http10_ = parser_->http10();
+  const HttpRequest head = parser_->head();
+  turn_ = {};
+  turn_.open = true;
+  turn_.begun = Clock::now();
+  AccessRecord& record = turn_.record;
+  record.peer = peer_;
+  record.user = stream_->peer_name();
+  record.method = head.method;
+  record.path = head.path;
+  record.request_id = own_request_id(head);
+  record.trace = trace_of(head);
+  record.planes = planes_;
+  turn_.header_lines = host_->header_lines(head);
+  if (record.trace.size() == 55 && record.trace[2] == '-')
+    turn_.header_lines += fmt::format("traceparent: {}\r\n", record.trace);
+  if (auto refusal = host_->refuse(head, &record.user)) {
+    answer_and_close(std::move(*refusal));
+    return false;
+  }
+  if ((planes_ & kBusiness) != 0 && head.method == "POST") {
+    if (!host_->take_place()) {
+      answer_and_close(
+          {.status = 503,
+           .body = fmt::format("{{\"error\":\"Too many requests: {} are in progress, at most {}. Try "
+                               "again later\",\"error_type\":\"Service Unavailable\"}}",
+                               host_->options().max_requests, host_->options().max_requests),
+           .headers = {{"Retry-After", "1"}}});
+      return false;
+    }
+    turn_.has_place = true;
+  }
+  return true;
+}
+
+void Connection::end_turn(int status) {
+  if (!turn_.open) return;
+  turn_.open = false;
+  if (turn_.has_place) host_->give_back_place();
+  turn_.record.status = status;
+  turn_.record.seconds = std::chrono::duration<double>(Clock::now() - turn_.begun).count();
+  host_->finished(turn_.record);
+}
+
+std::string Connection::head_of_answer(int status) {
+  const auto reason = http::obsolete_reason(static_cast<http::status>(status));
+  const std::string uuid = make_uuid();
+  if (!turn_.answered) {
+    turn_.answered = true;
+    turn_.record.status = status;
+    if (turn_.record.request_id.empty()) turn_.record.request_id = uuid;
+    turn_.record.first_byte_seconds =
+        std::chrono::duration<double>(Clock::now() - turn_.begun).count();
+  }
+  return fmt::format("HTTP/1.1 {} {}\r\nRequestUUID: {}\r\nX-Request-Id: {}\r\n{}", status,
+                     std::string_view(reason.data(), reason.size()), uuid, turn_.record.request_id,
+                     turn_.header_lines);
+}
+
+void Connection::dispatch() {
+  turn_.begun = Clock::now();
   keep_alive_ = keep_alive_ && parser_->keep_alive();
   HttpRequest request = parser_->take();
   parser_.reset();
@@ -236,6 +314,9 @@ void Connection::dispatch() {
   answering_ = true;
   streaming_ = false;
   request.peer = peer_;
+  if (turn_.record.request_id.empty()) turn_.record.request_id = make_uuid();
+  request.id = turn_.record.request_id;
+  request.user = turn_.record.user;
   head_only_ = request.method == "HEAD";
 
   int status = 404;
@@ -257,19 +338,19 @@ void Connection::dispatch() {
   }
 }
 
-void Connection::answer_and_close(int status, std::string content_type, std::string body,
-                                  std::vector<std::pair<std::string, std::string>> headers) {
+void Connection::answer_and_close(HttpResponse response) {
+  if (!turn_.open) turn_ = {};  // no head: nothing is known of the request
   parser_.reset();
   head_only_ = false;
   closing_ = true;
-  append_answer({.status = status, .content_type = std::move(content_type), .body = std::move(body),
-                 .headers = std::move(headers)},
-                true);
+  append_answer(response, true);
+  end_turn(response.status);
   flush();
 }
 
 void Connection::append_answer(const HttpResponse& response, bool close) {
-  std::string head = status_line_and_id(response.status);
+  const size_t before = out_.size();
+  std::string head = head_of_answer(response.status);
   if (!response.body.empty() && !response.content_type.empty())
     head += fmt::format("Content-Type: {}\r\n", one_line(response.content_type));
   head += fmt::format("Content-Length: {}\r\n", response.body.size());
@@ -279,6 +360,7 @@ void Connection::append_answer(const HttpResponse& response, bool close) {
   out_ += head;
   out_ += "\r\n";
   if (!head_only_) out_ += response.body;
+  turn_.record.bytes += out_.size() - before;
 }
 
 void Connection::respond(uint64_t number, HttpResponse response) {
@@ -293,21 +375,25 @@ void Connection::start_stream(uint64_t number, int status, const std::string& co
   if (dead_ || !answering_ || number != number_ || streaming_) return;
   streaming_ = true;
   chunked_ = !http10_;
-  std::string head = status_line_and_id(status);
+  turn_.record.stream = true;
+  std::string head = head_of_answer(status);
   head += fmt::format("Content-Type: {}\r\n", one_line(content_type));
   if (chunked_) head += "Transfer-Encoding: chunked\r\n";
   if (!chunked_ || !keep_alive_) head += "Connection: close\r\n";
   for (const auto& [name, value] : headers) head += fmt::format("{}: {}\r\n", name, one_line(value));
   out_ += head;
   out_ += "\r\n";
+  turn_.record.bytes += head.size() + 2;
   flush();
 }
 
 void Connection::write(uint64_t number, std::string_view bytes) {
   if (dead_ || !answering_ || number != number_ || !streaming_ || bytes.empty() || head_only_) return;
+  const size_t before = out_.size();
   if (chunked_) out_ += fmt::format("{:x}\r\n", bytes.size());
   out_ += bytes;
   if (chunked_) out_ += "\r\n";
+  turn_.record.bytes += out_.size() - before;
   if (out_.size() + in_flight_.size() > static_cast<size_t>(host_->options().max_buffered_bytes)) {
     log_warn("HTTP client {} reads too slowly: {} bytes of its stream are waiting, at most {}; its "
              "connection is cut",
@@ -344,6 +430,7 @@ void Connection::complete(bool close) {
     input_.clear();
   }
   flush();
+  end_turn(turn_.record.status);
   if (dead_ || closing_) return read();
   // Requests already here are parsed after the current call, so that none recurses.
   stream_->post([self = shared_from_this()] {
@@ -394,7 +481,8 @@ void Connection::on_written(std::error_code error, size_t bytes) {
   in_flight_.clear();
   if (in_flight_.capacity() > (1 << 20)) in_flight_.shrink_to_fit();
   flush();
-  if (parser_ && !dead_ && !writing_) set_deadline(host_->options().read_seconds);
+  if (parser_ && !dead_ && !writing_)
+    set_deadline(head_seen_ ? body_seconds() : host_->options().read_seconds);
   if (!dead_ && !answering_ && !closing_ && !input_.empty()) parse();
 }
 
@@ -426,6 +514,7 @@ void Connection::kill(const char* reason) {
   auto self = shared_from_this();
   stream_->cancel_wake();
   stream_->close();
+  end_turn(answering_ || !turn_.answered ? kClientLeft : turn_.record.status);
   if (answering_) {
     gone_number_ = number_;
     answering_ = false;

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "phalanx/api/access.h"
 #include "phalanx/api/byte_stream.h"
 #include "phalanx/api/http_message.h"
 #include "phalanx/api/http_server.h"
@@ -28,6 +29,16 @@ class ConnectionHost {
   [[nodiscard]] virtual const Handler* find_route(unsigned planes, std::string_view method,
                                                   std::string_view path, int* status,
                                                   std::string* allow) const = 0;
+  // The answer to a request that must not go on, or nothing. `head` has no body yet; `user` receives
+  // who asks.
+  [[nodiscard]] virtual std::optional<HttpResponse> refuse(const HttpRequest& head,
+                                                           std::string* user) = 0;
+  // Header lines that every answer to `head` carries.
+  [[nodiscard]] virtual std::string header_lines(const HttpRequest& head) const = 0;
+  // Takes and gives back one of the places for requests in progress.
+  [[nodiscard]] virtual bool take_place() = 0;
+  virtual void give_back_place() = 0;
+  virtual void finished(const AccessRecord& record) = 0;
   virtual void closed(const class Connection* connection) = 0;
 };
 
@@ -61,9 +72,11 @@ class Connection final : public std::enable_shared_from_this<Connection> {
   void read();
   void on_read(std::error_code error, size_t bytes);
   void parse();
+  [[nodiscard]] bool begin_turn();
+  [[nodiscard]] double body_seconds() const;
+  void handshake_failed(const std::string& failure);
   void dispatch();
-  void answer_and_close(int status, std::string content_type, std::string body,
-                        std::vector<std::pair<std::string, std::string>> headers = {});
+  void answer_and_close(HttpResponse response);
   void append_answer(const HttpResponse& response, bool close);
   void complete(bool close);
   void flush();
@@ -73,6 +86,8 @@ class Connection final : public std::enable_shared_from_this<Connection> {
   void clear_deadline();
   void watch();
   void kill(const char* reason);
+  [[nodiscard]] std::string head_of_answer(int status);
+  void end_turn(int status);
 
   std::shared_ptr<ConnectionHost> host_;
   std::unique_ptr<ByteStream> stream_;
@@ -92,6 +107,18 @@ class Connection final : public std::enable_shared_from_this<Connection> {
   bool head_only_ = false;              // HEAD
   bool http10_ = false;
   bool keep_alive_ = true;
+  // The request in progress, from its head on.
+  struct Turn {
+    bool open = false;
+    bool has_place = false;
+    AccessRecord record;
+    std::string header_lines;  // of every answer to it
+    Clock::time_point begun;
+    bool answered = false;     // the answer has begun
+  };
+  Turn turn_;
+  Clock::time_point body_begun_;
+  int64_t body_bytes_ = 0;
   uint64_t gone_number_ = 0;            // the request that was pending when the client left
   std::function<void()> gone_;
 

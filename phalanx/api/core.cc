@@ -1,12 +1,24 @@
 #include "phalanx/api/core.h"
 
 #include <chrono>
+#include <cstdlib>
 
 #include "phalanx/api/refusal.h"
 #include "phalanx/base/error.h"
 #include "phalanx/base/log.h"
 
 namespace phalanx::api {
+namespace {
+
+size_t average_window() {
+  constexpr size_t kUsual = 1000;
+  const char* text = std::getenv("DYNAMIC_AVERAGE_WINDOW_SIZE");
+  if (text == nullptr) return kUsual;
+  const long size = std::strtol(text, nullptr, 10);
+  return size >= 1 && size <= 100000 ? static_cast<size_t>(size) : kUsual;
+}
+
+}  // namespace
 
 Core::Core(ServiceOptions service_options, std::shared_ptr<EnginePort> engine_port,
            std::shared_ptr<const TextPort> text_port, std::function<InstanceHealth()> health_call,
@@ -22,6 +34,7 @@ Core::Core(ServiceOptions service_options, std::shared_ptr<EnginePort> engine_po
       started_at(std::chrono::duration_cast<std::chrono::seconds>(
                      std::chrono::system_clock::now().time_since_epoch())
                      .count()),
+      metrics(average_window()),
       generate(options, engine, text, work, metrics) {}
 
 Core::~Core() { shut_down(); }

@@ -16,6 +16,8 @@ struct HttpRequest {
   std::vector<std::pair<std::string, std::string>> headers;  // names lower-cased
   std::string body;
   std::string peer;                                          // "127.0.0.1:51234"
+  std::string id;    // X-Request-Id as sent, else of our making
+  std::string user;  // who asks: "key 1", the subject of a client certificate, or empty
   [[nodiscard]] std::string_view header(std::string_view lower_name) const;
 };
 

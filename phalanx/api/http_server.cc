@@ -35,13 +35,29 @@ struct Server::State final : ConnectionHost, std::enable_shared_from_this<Server
   };
 
   explicit State(const ServerOptions& server_options)
-      : options_(server_options), work_(static_cast<size_t>(std::max(1, options_.work_threads))) {}
+      : options_(server_options),
+        gate_(server_options.gate),
+        work_(static_cast<size_t>(std::max(1, options_.work_threads))) {}
 
   const ServerOptions& options() const override { return options_; }
 
   const Handler* find_route(unsigned planes, std::string_view method, std::string_view path,
                             int* status, std::string* allow) const override {
     return router_.find(planes, method, path, status, allow);
+  }
+
+  std::optional<HttpResponse> refuse(const HttpRequest& head, std::string* user) override {
+    return gate_.answer(head, user);
+  }
+  std::string header_lines(const HttpRequest& head) const override { return gate_.header_lines(head); }
+  bool take_place() override {
+    if (requests_.fetch_add(1) < options_.max_requests) return true;
+    requests_.fetch_sub(1);
+    return false;
+  }
+  void give_back_place() override { requests_.fetch_sub(1); }
+  void finished(const AccessRecord& record) override {
+    if (options_.on_finished) options_.on_finished(record);
   }
 
   void closed(const Connection* connection) override {
@@ -64,9 +80,11 @@ struct Server::State final : ConnectionHost, std::enable_shared_from_this<Server
   }
 
   void welcome(Entry& entry, UniqueFd socket, std::string peer) {
-    auto connection = std::make_shared<Connection>(
-        shared_from_this(), make_tcp_stream(io_, std::move(socket)), entry.listener.options().planes,
-        std::move(peer));
+    const ListenerOptions& listener = entry.listener.options();
+    auto stream = listener.tls ? make_tls_stream(io_, std::move(socket), *listener.tls())
+                               : make_tcp_stream(io_, std::move(socket));
+    auto connection = std::make_shared<Connection>(shared_from_this(), std::move(stream),
+                                                   listener.planes, std::move(peer));
     bool full = false;
     {
       const std::lock_guard lock(mutex_);
@@ -86,7 +104,9 @@ struct Server::State final : ConnectionHost, std::enable_shared_from_this<Server
       connection->start();
   }
 
-  ServerOptions options_;
+  const ServerOptions options_;
+  const Gate gate_;
+  std::atomic<int64_t> requests_{0};
   asio::io_context io_;
   std::optional<asio::executor_work_guard<asio::io_context::executor_type>> guard_;
   Router router_;

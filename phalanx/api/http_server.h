@@ -8,8 +8,14 @@
 #include <string>
 #include <vector>
 
+#include "phalanx/api/access.h"
+#include "phalanx/api/gate.h"
 #include "phalanx/api/http_message.h"
 #include "phalanx/base/clock.h"
+
+namespace phalanx::net {
+class TlsContext;
+}
 
 namespace phalanx::api {
 
@@ -17,6 +23,8 @@ struct ListenerOptions {
   std::string address;
   uint16_t port = 0;            // 0: any, see ports()
   unsigned planes = 0;          // which planes this listener serves
+  // Asked for each new connection; null: plain HTTP. From an io thread, must not block.
+  std::function<std::shared_ptr<const net::TlsContext>()> tls;
 };
 
 struct ServerOptions {
@@ -26,11 +34,19 @@ struct ServerOptions {
   int64_t max_body_bytes = 40 << 20;
   // Per listener that serves the business plane; the others take max(100, a tenth of it).
   int64_t max_connections = 3100;
+  // POST requests in progress on listeners that serve the business plane; one more gets 503 with
+  // Retry-After at once.
+  int64_t max_requests = 3000;
+  double handshake_seconds = 10;
   double read_seconds = 60;     // for a head, and for the next piece of a body
-  double write_seconds = 600;   // for what is being sent to be taken
+  double body_bytes_per_second = 4096;  // the least, after read_seconds, that a body must come with
+  double write_seconds = 60;    // in which a client must take some byte of what is being sent
   double idle_seconds = 60;     // between requests
   bool close_after_answer = true;  // `Connection: close` on every answer that is no stream
-  int64_t max_buffered_bytes = 8 << 20;  // unread stream bytes before a slow reader is cut
+  int64_t max_buffered_bytes = 1 << 20;  // unread stream bytes before a slow reader is cut
+  GateOptions gate;
+  // Called for every request that is over, from an io thread; must not block.
+  std::function<void(const AccessRecord&)> on_finished;
 };
 
 class Server {

@@ -10,6 +10,7 @@
 
 #include "phalanx/api/testing_client.h"
 #include "phalanx/base/error.h"
+#include "phalanx/net/digest.h"
 
 namespace phalanx::api {
 namespace {
@@ -128,9 +129,9 @@ TEST(HttpServer, StreamsInChunksByteForByte) {
   Client client(site.port);
   client.send("GET /stream HTTP/1.1\r\nHost: x\r\n\r\n");
   std::string text = client.read_until("0\r\n\r\n");
-  text = std::regex_replace(text, std::regex("RequestUUID: [0-9a-f-]+"), "RequestUUID: U");
+  text = std::regex_replace(text, std::regex("(RequestUUID|X-Request-Id): [0-9a-f-]+"), "$1: U");
   EXPECT_EQ(text,
-            "HTTP/1.1 200 OK\r\nRequestUUID: U\r\nContent-Type: text/event-stream\r\n"
+            "HTTP/1.1 200 OK\r\nRequestUUID: U\r\nX-Request-Id: U\r\nContent-Type: text/event-stream\r\n"
             "Transfer-Encoding: chunked\r\nX-Extra: 1\r\n\r\n"
             "9\r\ndata: a\n\n\r\n9\r\ndata: b\n\n\r\n0\r\n\r\n");
   // The connection lives on after a stream.
@@ -283,6 +284,152 @@ TEST(HttpServer, RefusesConnectionsAboveTheLimit) {
   b.close();
   EXPECT_TRUE(site.wait_gone(2));
   EXPECT_EQ(fetch(site.port, "/hello").status, 200);
+}
+
+// The records of finished requests, as the access log gets them.
+struct Records {
+  void operator()(const AccessRecord& record) {
+    const std::lock_guard lock(mutex);
+    list.push_back(record);
+    changed.notify_all();
+  }
+  AccessRecord wait(size_t count) {
+    std::unique_lock lock(mutex);
+    EXPECT_TRUE(changed.wait_for(lock, std::chrono::seconds(10), [&] { return list.size() >= count; }));
+    return list.size() >= count ? list[count - 1] : AccessRecord{};
+  }
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::vector<AccessRecord> list;
+};
+
+TEST(HttpServer, PassesRequestIdsAndTracesOnAndRecordsWhatHappened) {
+  Records records;
+  Site site({.on_finished = std::ref(records)});
+  const std::string trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+  const Reply reply =
+      ask(site.port, "GET /hello?secret=1 HTTP/1.1\r\nX-Request-Id: r-17\r\ntraceparent: " + trace +
+                         "\r\n\r\n");
+  EXPECT_TRUE(reply.has("X-Request-Id: r-17\r\n")) << reply.head;
+  EXPECT_TRUE(reply.has("traceparent: " + trace + "\r\n")) << reply.head;
+  const AccessRecord record = records.wait(1);
+  EXPECT_EQ(record.status, 200);
+  EXPECT_EQ(record.path, "/hello");
+  EXPECT_EQ(record.request_id, "r-17");
+  EXPECT_EQ(record.trace, trace);
+  EXPECT_GT(record.bytes, 100U);
+  EXPECT_TRUE(std::regex_match(
+      to_line(record),
+      std::regex("access 127\\.0\\.0\\.1:\\d+ - \"GET /hello\" 200 \\d+ bytes, first [0-9.]+ ms, all "
+                 "[0-9.]+ ms, id r-17 trace 00-.*-01")))
+      << to_line(record);
+
+  // A name that would break a line is replaced by ours, and so is a trace that is none.
+  const Reply other = ask(site.port,
+                          "GET /hello HTTP/1.1\r\nX-Request-Id: a\"b\r\ntraceparent: 00-zz\r\n\r\n");
+  EXPECT_FALSE(other.has("a\"b"));
+  EXPECT_TRUE(std::regex_search(other.head, std::regex("X-Request-Id: [0-9a-f-]{36}\r\n")));
+  EXPECT_FALSE(other.has("traceparent"));
+  EXPECT_EQ(records.wait(2).trace, "");
+
+  // A client that leaves is told from one that was answered.
+  {
+    Client client(site.port);
+    client.send("GET /later HTTP/1.1\r\n\r\n");
+    (void)site.wait_kept();
+  }
+  EXPECT_EQ(records.wait(3).status, 499);
+  EXPECT_EQ(fetch(site.port, "/nowhere").status, 404);
+  EXPECT_EQ(records.wait(4).status, 404);
+}
+
+TEST(HttpServer, AsksForAnApiKeyBeforeItReadsTheBody) {
+  Records records;
+  Site site({.gate = {.key_digests = {net::sha256_hex("first"), net::sha256_hex("second")}},
+             .on_finished = std::ref(records)});
+  const auto with = [&](const std::string& header) {
+    return post(site.port, "/echo", "x", header);
+  };
+  EXPECT_EQ(with("Authorization: Bearer second\r\n").body, "x");
+  EXPECT_EQ(records.wait(1).user, "key 2");
+  EXPECT_EQ(with("x-api-key: first\r\n").status, 200);
+  for (const char* bad : {"", "Authorization: Bearer \r\n", "Authorization: Bearer third\r\n",
+                          "Authorization: first\r\n", "Authorization: Basic first\r\n"}) {
+    const Reply reply = with(bad);
+    EXPECT_EQ(reply.status, 401) << bad;
+    EXPECT_TRUE(reply.has("WWW-Authenticate: Bearer\r\n"));
+    EXPECT_NE(reply.body.find("\"code\":\"invalid_api_key\""), std::string::npos) << reply.body;
+  }
+  // 40 MB that never come are not waited for.
+  const Reply early = ask(site.port, "POST /echo HTTP/1.1\r\nContent-Length: 40000000\r\n\r\n");
+  EXPECT_EQ(early.status, 401);
+  EXPECT_EQ(ask(site.port, "GET /health HTTP/1.1\r\n\r\n").status, 404);  // no key asked
+}
+
+TEST(HttpServer, FollowsTheCorsRules) {
+  Site site({.gate = {.key_digests = {net::sha256_hex("k")}, .origins = {"https://a.example"}}});
+  const auto preflight = [&](const std::string& origin) {
+    return ask(site.port, "OPTIONS /echo HTTP/1.1\r\nOrigin: " + origin +
+                              "\r\nAccess-Control-Request-Method: POST\r\n"
+                              "Access-Control-Request-Headers: authorization\r\n\r\n");
+  };
+  const Reply good = preflight("https://a.example");
+  EXPECT_EQ(good.status, 200);
+  EXPECT_TRUE(good.has("Access-Control-Allow-Origin: https://a.example\r\n")) << good.head;
+  EXPECT_TRUE(good.has("Access-Control-Allow-Headers: authorization\r\n"));
+  EXPECT_EQ(preflight("https://b.example").status, 400);
+  const Reply answer =
+      post(site.port, "/echo", "x", "Authorization: Bearer k\r\nOrigin: https://a.example\r\n");
+  EXPECT_TRUE(answer.has("Access-Control-Allow-Origin: https://a.example\r\n"));
+  // A refusal can be read by the page too.
+  EXPECT_TRUE(post(site.port, "/echo", "x", "Origin: https://a.example\r\n")
+                  .has("Access-Control-Allow-Origin: https://a.example\r\n"));
+}
+
+TEST(HttpServer, RefusesRequestsAboveTheLimitAtOnce) {
+  Site site({.max_requests = 2});
+  Client a(site.port), b(site.port);
+  a.send("POST /echo HTTP/1.1\r\nContent-Length: 10\r\n\r\n1234");  // in progress from its head on
+  b.send("POST /echo HTTP/1.1\r\nContent-Length: 10\r\n\r\n1234");
+  Reply third;
+  const Deadline deadline = Deadline::in_seconds(5);
+  do third = post(site.port, "/echo", "x");
+  while (third.status == 200 && !deadline.passed());
+  EXPECT_EQ(third.status, 503);
+  EXPECT_TRUE(third.has("Retry-After: 1\r\n"));
+  EXPECT_NE(third.body.find("at most 2"), std::string::npos);
+  EXPECT_EQ(fetch(site.port, "/hello").status, 200);  // probes are not counted
+  a.close();
+  b.send("567890");
+  EXPECT_EQ(parse_reply(b.read_all()).body, "1234567890");
+  Reply again;
+  do again = post(site.port, "/echo", "x");
+  while (again.status != 200 && !deadline.passed());
+  EXPECT_EQ(again.status, 200);
+}
+
+TEST(HttpServer, CutsAReaderThatStopsAndASenderThatDrips) {
+  Site site({.read_seconds = 0.3, .write_seconds = 0.3, .max_buffered_bytes = 64 << 20});
+  Client reader(site.port, 4096);
+  reader.send("GET /later HTTP/1.1\r\n\r\n");
+  const auto responder = site.wait_kept();
+  responder->start_stream(200, "text/event-stream");
+  // More than the sockets hold, less than is buffered before the reader is cut at once.
+  for (int i = 0; i < 60; ++i) {
+    responder->write(std::string(100000, 'x'));
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_TRUE(site.wait_gone(1));
+
+  Client sender(site.port);
+  sender.send("POST /echo HTTP/1.1\r\nContent-Length: 100000\r\n\r\n");
+  const Deadline deadline = Deadline::in_seconds(5);
+  bool cut = false;
+  while (!cut && !deadline.passed()) {
+    cut = !sender.send("x");
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  EXPECT_TRUE(cut);
 }
 
 TEST(HttpServer, StopWaitsForAnswersInProgressOnly) {

@@ -80,7 +80,7 @@ HttpResponse model_route(const Core& core, const std::string& path) {
   const std::string name = rest.substr(0, slash);
   const std::string verb = slash == std::string::npos ? "" : rest.substr(slash + 1);
   if (verb != "ready" && verb != "getSlotCount") return empty_response(404);
-  if (name != core.options.model_name)
+  if (!core.options.is_model(name))
     return to_response(not_found(fmt::format("Model {} not found.", name)));
   if (verb == "getSlotCount") {
     const EngineStats stats = core.engine.stats();
@@ -269,7 +269,59 @@ void mount_management(const std::shared_ptr<Core>& core, Server& server) {
                });
 }
 
+namespace {
+
+// The instance's own account (ranks, certificates) as figures.
+MetricsView metrics_view(const Core& core) {
+  MetricsView view{.model_name = core.options.model_name, .engine = core.engine.stats()};
+  if (!core.status_json) return view;
+  const auto own = nlohmann::json::parse(core.status_json(), nullptr, false);
+  if (!own.is_object()) return view;
+  for (const auto& rank : own.value("ranks", nlohmann::json::array())) {
+    if (!rank.is_object()) continue;
+    const auto counter = [&](const char* name) { return rank.value(name, uint64_t{0}); };
+    view.ranks.push_back({.rank = rank.value("rank", 0),
+                          .node = rank.value("node", ""),
+                          .compute_seconds = static_cast<double>(counter("compute_ns")) * 1e-9,
+                          .communication_seconds = static_cast<double>(counter("transfer_ns")) * 1e-9,
+                          .wait_seconds = static_cast<double>(counter("wait_ns")) * 1e-9,
+                          .steps = counter("steps_done"),
+                          .bytes_sent = counter("bytes_sent"),
+                          .bytes_received = counter("bytes_received"),
+                          .bytes_shared = counter("bytes_shared")});
+  }
+  for (const auto& certificate : own.value("certificates", nlohmann::json::array()))
+    view.certificates.push_back(
+        {certificate.value("plane", ""), certificate.value("not_after", int64_t{0})});
+  return view;
+}
+
+// rest-api sheet, 3.2.
+OrderedJson metrics_json(const Core& core, const std::string& instance) {
+  const EngineStats stats = core.engine.stats();
+  const Metrics::Averages averages = core.metrics.averages();
+  OrderedJson result = OrderedJson::array();
+  const auto add = [&](const char* name, double value) {
+    result.push_back({{"metric", OrderedJson::array({OrderedJson{
+                                     {"__name__", name}, {"job", "node"}, {"instance", instance}}})},
+                      {"value", fmt::format("{:.6f}", value)}});
+  };
+  add("TTFT", averages.first_token_ms);
+  add("TBT", averages.next_token_ms);
+  add("waitingInferRequestNum", static_cast<double>(stats.waiting));
+  add("processingInferRequestNum", static_cast<double>(stats.running));
+  add("remainBlocks", static_cast<double>(stats.blocks_free));
+  return {{"resultType", "vector"}, {"result", std::move(result)}};
+}
+
+}  // namespace
+
 void mount_metrics(const std::shared_ptr<Core>& core, Server& server) {
+  server.route(kManagement, "GET", "/metrics-json",
+               [core](const HttpRequest& request, const std::shared_ptr<Responder>& responder) {
+                 responder->respond(
+                     json_response(200, metrics_json(*core, std::string(request.header("host")))));
+               });
   server.route(kMetrics, "GET", "/metrics",
                [core](const HttpRequest&, const std::shared_ptr<Responder>& responder) {
                  const std::string type = "text/plain; charset=utf-8";
@@ -282,7 +334,7 @@ void mount_metrics(const std::shared_ptr<Core>& core, Server& server) {
                  responder->respond(
                      {.status = 200,
                       .content_type = type,
-                      .body = core->metrics.render(core->options.model_name, core->engine.stats()),
+                      .body = core->metrics.render(metrics_view(*core)),
                       .headers = {}});
                });
 }

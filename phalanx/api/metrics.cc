@@ -51,13 +51,24 @@ std::string Histogram::render(const std::string& name, const std::string& help,
   return out;
 }
 
-Metrics::Metrics()
+void MovingAverage::add(double value) {
+  values_.push_back(value);
+  sum_ += value;
+  if (values_.size() > size_) {
+    sum_ -= values_.front();
+    values_.pop_front();
+  }
+}
+
+Metrics::Metrics(size_t average_window)
     : first_token_({0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5,
                     10}),
       next_token_({0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5}),
       latency_({1, 2.5, 5, 10, 15, 20, 30, 40, 50, 60}),
       prompt_tokens_(kTokenCountBounds),
-      output_tokens_(kTokenCountBounds) {}
+      output_tokens_(kTokenCountBounds),
+      first_token_average_(average_window),
+      next_token_average_(average_window) {}
 
 void Metrics::received() {
   const std::lock_guard lock(mutex_);
@@ -67,11 +78,13 @@ void Metrics::received() {
 void Metrics::first_token(double seconds) {
   const std::lock_guard lock(mutex_);
   first_token_.observe(seconds);
+  first_token_average_.add(seconds);
 }
 
 void Metrics::next_token(double seconds) {
   const std::lock_guard lock(mutex_);
   next_token_.observe(seconds);
+  next_token_average_.add(seconds);
 }
 
 void Metrics::succeeded(double seconds, int64_t prompt_tokens, int64_t output_tokens) {
@@ -99,13 +112,20 @@ void Metrics::tick(const engine::EngineStats& stats) {
   last_tick_ = now;
 }
 
-std::string Metrics::render(const std::string& model_name, const engine::EngineStats& stats) const {
+Metrics::Averages Metrics::averages() const {
   const std::lock_guard lock(mutex_);
-  const std::string label = fmt::format("model_name=\"{}\"", escape_label(model_name));
+  return {first_token_average_.mean() * 1e3, next_token_average_.mean() * 1e3};
+}
+
+std::string Metrics::render(const MetricsView& view) const {
+  const std::lock_guard lock(mutex_);
+  const engine::EngineStats& stats = view.engine;
+  const std::string name = escape_label(view.model_name);
+  std::string label = fmt::format("model_name=\"{}\"", name);
   std::string out;
-  const auto add = [&](const char* name, const char* help, const char* type, auto value) {
-    out += head(name, help, type);
-    out += fmt::format("{}{{{}}} {}\n", name, label, value);
+  const auto add = [&](const char* metric, const char* help, const char* type, auto value) {
+    out += head(metric, help, type);
+    out += fmt::format("{}{{{}}} {}\n", metric, label, value);
   };
   const double cache_use =
       stats.blocks_total > 0
@@ -113,6 +133,20 @@ std::string Metrics::render(const std::string& model_name, const engine::EngineS
           : 0.0;
   const double failed_share =
       received_ > 0 ? static_cast<double>(failed_) / static_cast<double>(received_) : 0.0;
+  const double hit_rate = stats.prompt_tokens > 0 ? static_cast<double>(stats.cached_tokens) /
+                                                        static_cast<double>(stats.prompt_tokens)
+                                                  : 0.0;
+  const auto histograms = [&](const std::string& prefix) {
+    out += first_token_.render(prefix + "time_to_first_token_seconds",
+                               "Time to first token in seconds.", label);
+    out += next_token_.render(prefix + "time_per_output_token_seconds",
+                              "Time per output token in seconds.", label);
+    out += latency_.render(prefix + "e2e_request_latency_seconds", "End to end latency in seconds.",
+                           label);
+    out += prompt_tokens_.render(prefix + "request_prompt_tokens", "Prompt tokens of a request.", label);
+    out += output_tokens_.render(prefix + "request_generation_tokens",
+                                 "Generated tokens of a request.", label);
+  };
   add("request_received_total", "Count of received requests.", "counter", received_);
   add("request_success_total", "Count of finished requests.", "counter", succeeded_);
   add("request_failed_total", "Count of failed requests.", "counter", failed_);
@@ -128,15 +162,65 @@ std::string Metrics::render(const std::string& model_name, const engine::EngineS
       failed_share);
   add("npu_cache_usage_perc", "KV cache usage. 1 means 100 percent.", "gauge", cache_use);
   add("cpu_cache_usage_perc", "CPU swap cache usage. 1 means 100 percent.", "gauge", 0);
-  add("npu_prefix_cache_hit_rate", "Prefix cache block hit rate.", "gauge", 0);
-  add("all_radix_match_num", "Prompt tokens that take part in prefix matching.", "gauge", 0);
-  add("npu_radix_match_hit_num", "Prompt tokens found in the prefix cache.", "gauge", 0);
-  out += first_token_.render("time_to_first_token_seconds", "Time to first token in seconds.", label);
-  out += next_token_.render("time_per_output_token_seconds", "Time per output token in seconds.",
-                            label);
-  out += latency_.render("e2e_request_latency_seconds", "End to end latency in seconds.", label);
-  out += prompt_tokens_.render("request_prompt_tokens", "Prompt tokens of a request.", label);
-  out += output_tokens_.render("request_generation_tokens", "Generated tokens of a request.", label);
+  add("npu_prefix_cache_hit_rate", "Prefix cache block hit rate.", "gauge", hit_rate);
+  add("all_radix_match_num", "Prompt tokens that take part in prefix matching.", "gauge",
+      stats.prompt_tokens);
+  add("npu_radix_match_hit_num", "Prompt tokens found in the prefix cache.", "gauge",
+      stats.cached_tokens);
+  histograms("");
+
+  label = fmt::format("model_name=\"{}\",engine=\"0\"", name);
+  add("vllm:num_requests_running", "Number of requests running.", "gauge", stats.running);
+  add("vllm:num_requests_waiting", "Number of requests waiting.", "gauge", stats.waiting);
+  add("vllm:kv_cache_usage_perc", "KV cache usage. 1 means 100 percent.", "gauge", cache_use);
+  add("vllm:gpu_cache_usage_perc", "KV cache usage, under its older name.", "gauge", cache_use);
+  add("vllm:num_preemptions_total", "Count of preemptions.", "counter", stats.preemptions);
+  add("vllm:prompt_tokens_total", "Number of prompt tokens processed.", "counter",
+      stats.prompt_tokens);
+  add("vllm:generation_tokens_total", "Number of tokens generated.", "counter", stats.output_tokens);
+  add("vllm:request_success_total", "Count of finished requests.", "counter", succeeded_);
+  add("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", "counter",
+      stats.prompt_tokens);
+  add("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", "counter",
+      stats.cached_tokens);
+  histograms("vllm:");
+  out += next_token_.render("vllm:inter_token_latency_seconds",
+                            "Time between two tokens of a request in seconds.", label);
+
+  label = fmt::format("model_name=\"{}\"", name);
+  const auto seconds = [](uint64_t ns) { return static_cast<double>(ns) * 1e-9; };
+  out += head("phalanx_step_seconds", "Time of a step of the whole instance in seconds.", "summary");
+  out += fmt::format("phalanx_step_seconds_sum{{{0}}} {1}\nphalanx_step_seconds_count{{{0}}} {2}\n",
+                     label, seconds(stats.step_ns), stats.steps);
+  add("phalanx_step_overhead_seconds_total", "Planning and sampling in the head in seconds.",
+      "counter", seconds(stats.overhead_ns));
+  const auto per_rank = [&](const char* metric, const char* help, auto member) {
+    if (view.ranks.empty()) return;
+    out += head(metric, help, "counter");
+    for (const RankFigures& rank : view.ranks)
+      out += fmt::format("{}{{{},rank=\"{}\",node=\"{}\"}} {}\n", metric, label, rank.rank,
+                         escape_label(rank.node), rank.*member);
+  };
+  per_rank("phalanx_rank_compute_seconds_total", "Time a rank computed in seconds.",
+           &RankFigures::compute_seconds);
+  per_rank("phalanx_rank_communication_seconds_total",
+           "Time a rank sent, received and copied in seconds.", &RankFigures::communication_seconds);
+  per_rank("phalanx_rank_wait_seconds_total", "Time a rank waited for other ranks in seconds.",
+           &RankFigures::wait_seconds);
+  per_rank("phalanx_rank_steps_total", "Steps a rank has done.", &RankFigures::steps);
+  per_rank("phalanx_rank_sent_bytes_total", "Bytes a rank sent to other nodes.",
+           &RankFigures::bytes_sent);
+  per_rank("phalanx_rank_received_bytes_total", "Bytes a rank received from other nodes.",
+           &RankFigures::bytes_received);
+  per_rank("phalanx_rank_shared_bytes_total", "Bytes a rank exchanged within its node.",
+           &RankFigures::bytes_shared);
+  if (!view.certificates.empty()) {
+    out += head("phalanx_certificate_end_timestamp_seconds",
+                "When the certificate of a plane ends, in seconds since 1970.", "gauge");
+    for (const auto& certificate : view.certificates)
+      out += fmt::format("phalanx_certificate_end_timestamp_seconds{{plane=\"{}\"}} {}\n",
+                         escape_label(certificate.plane), certificate.not_after);
+  }
   return out;
 }
 

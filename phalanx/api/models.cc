@@ -27,21 +27,25 @@ std::string hidden_root(const std::string& path) {
 void mount_models(const std::shared_ptr<Core>& core, Server& server) {
   server.route(kBusiness, "GET", "/v1/models",
                [core](const HttpRequest&, const std::shared_ptr<Responder>& responder) {
-                 nlohmann::json model{{"id", core->options.model_name},
-                                      {"object", "model"},
-                                      {"created", core->started_at},
-                                      {"owned_by", kOwner},
-                                      {"parent", "null"},
-                                      {"root", hidden_root(core->options.model_path)},
-                                      {"max_model_len", core->options.max_sequence}};
-                 const nlohmann::json body{{"object", "list"},
-                                           {"data", nlohmann::json::array({std::move(model)})}};
+                 auto data = nlohmann::json::array();
+                 const auto add = [&](const std::string& name) {
+                   data.push_back({{"id", name},
+                                   {"object", "model"},
+                                   {"created", core->started_at},
+                                   {"owned_by", kOwner},
+                                   {"parent", "null"},
+                                   {"root", hidden_root(core->options.model_path)},
+                                   {"max_model_len", core->options.max_sequence}});
+                 };
+                 add(core->options.model_name);
+                 for (const std::string& name : core->options.model_aliases) add(name);
+                 const nlohmann::json body{{"object", "list"}, {"data", std::move(data)}};
                  responder->respond({.body = body.dump(4, ' ', false, kReplace), .headers = {}});
                });
   server.route(kBusiness, "GET", "/v1/models/*",
                [core](const HttpRequest& request, const std::shared_ptr<Responder>& responder) {
                  const std::string name = request.path.substr(std::string("/v1/models/").size());
-                 if (name != core->options.model_name)
+                 if (!core->options.is_model(name))
                    return responder->respond(
                        to_response(not_found(fmt::format("Model {} not found.", name))));
                  const OrderedJson body{{"id", name},

@@ -60,8 +60,8 @@ bool RequestParser::keep_alive() const { return parts_->parser.get().keep_alive(
 
 bool RequestParser::http10() const { return parts_->parser.get().version() < 11; }
 
-HttpRequest RequestParser::take() {
-  auto message = parts_->parser.release();
+HttpRequest RequestParser::head() const {
+  const auto& message = parts_->parser.get();
   HttpRequest request;
   request.method = std::string(message.method_string());
   const std::string target(message.target());
@@ -74,7 +74,12 @@ HttpRequest RequestParser::take() {
                    [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
     request.headers.emplace_back(std::move(name), std::string(field.value()));
   }
-  request.body = std::move(message.body());
+  return request;
+}
+
+HttpRequest RequestParser::take() {
+  HttpRequest request = head();
+  request.body = std::move(parts_->parser.get().body());
   return request;
 }
 

@@ -39,7 +39,9 @@ class RequestParser {
   // From kBody on.
   [[nodiscard]] bool keep_alive() const;
   [[nodiscard]] bool http10() const;
-  // After kDone, once. Without `peer`.
+  // The request without its body. From kBody on.
+  [[nodiscard]] HttpRequest head() const;
+  // After kDone, once. Without `peer`, `id` and `user`.
   [[nodiscard]] HttpRequest take();
 
  private:

@@ -297,7 +297,7 @@ void check_model(Fields& fields, const ServiceOptions& options, const std::strin
   if (!model->is_string()) throw Refused("Request param model must be string");
   const auto& name = model->get_ref<const std::string&>();
   if (name.empty()) throw Refused("Request param model must be not empty");
-  if (name != options.model_name) throw Refused(unknown);
+  if (!options.is_model(name)) throw Refused(unknown);
 }
 
 }  // namespace phalanx::api

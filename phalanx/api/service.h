@@ -1,10 +1,12 @@
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "phalanx/api/http_server.h"
@@ -28,6 +30,7 @@ struct GenerationDefaults {
 // What the dialects need to know of the instance.
 struct ServiceOptions {
   std::string model_name;
+  std::vector<std::string> model_aliases;   // other names that requests may use
   std::string model_path;
   std::string model_dtype;                  // "bfloat16", ...
   int64_t max_sequence = 2560, max_input_tokens = 2048, max_output_tokens = 512;
@@ -45,6 +48,10 @@ struct ServiceOptions {
   bool enable_reasoning = false;            // models.<type>.enable_reasoning
   std::optional<bool> thinks;               // enable_thinking of tokenizer_config.json
   bool full_text = false;                   // fullTextEnabled
+  [[nodiscard]] bool is_model(std::string_view name) const {
+    return name == model_name ||
+           std::find(model_aliases.begin(), model_aliases.end(), name) != model_aliases.end();
+  }
 };
 
 // State of the whole instance as the health routes tell it.

@@ -446,6 +446,43 @@ TEST(Service, CountsForPrometheus) {
     EXPECT_NE(reply.body.find(line), std::string::npos) << line << reply.body;
 }
 
+TEST(Service, TellsPrometheusOfRanksAndUnderVllmsNames) {
+  Metrics metrics;
+  metrics.received();
+  metrics.first_token(0.5);
+  metrics.next_token(0.02);
+  metrics.next_token(0.04);
+  const std::string text = metrics.render(
+      {.model_name = "a \"b\"",
+       .engine = {.running = 3, .blocks_total = 4, .blocks_free = 1, .steps = 2, .step_ns = 1500000000},
+       .ranks = {{.rank = 1, .node = "10.0.0.2", .compute_seconds = 1.5, .wait_seconds = 0.25,
+                  .bytes_sent = 7}},
+       .certificates = {{"business", 1800000000}}});
+  for (const char* line :
+       {"vllm:num_requests_running{model_name=\"a \\\"b\\\"\",engine=\"0\"} 3\n",
+        "vllm:kv_cache_usage_perc{model_name=\"a \\\"b\\\"\",engine=\"0\"} 0.75\n",
+        "# TYPE vllm:inter_token_latency_seconds histogram\n",
+        "vllm:inter_token_latency_seconds_count{model_name=\"a \\\"b\\\"\",engine=\"0\"} 2\n",
+        "phalanx_step_seconds_sum{model_name=\"a \\\"b\\\"\"} 1.5\n",
+        "phalanx_rank_compute_seconds_total{model_name=\"a \\\"b\\\"\",rank=\"1\",node=\"10.0.0.2\"} 1.5\n",
+        "phalanx_rank_wait_seconds_total{model_name=\"a \\\"b\\\"\",rank=\"1\",node=\"10.0.0.2\"} 0.25\n",
+        "phalanx_certificate_end_timestamp_seconds{plane=\"business\"} 1800000000\n"})
+    EXPECT_NE(text.find(line), std::string::npos) << line << text;
+  EXPECT_EQ(metrics.averages().first_token_ms, 500);
+  EXPECT_NEAR(metrics.averages().next_token_ms, 30, 1e-9);
+}
+
+TEST(Service, TellsTheFiguresOfMetricsJson) {
+  Instance instance;
+  post(instance.port, kChat, chat());
+  const json figures = json::parse(fetch(instance.port, "/metrics-json").body);
+  EXPECT_EQ(figures["resultType"], "vector");
+  ASSERT_EQ(figures["result"].size(), 5U);
+  EXPECT_EQ(figures["result"][0]["metric"][0]["__name__"], "TTFT");
+  EXPECT_EQ(figures["result"][0]["metric"][0]["job"], "node");
+  EXPECT_EQ(figures["result"][4]["value"], "100.000000");
+}
+
 TEST(Service, StopsAfterTheRequestsInProgress) {
   Instance instance;
   instance.engine.step = std::chrono::milliseconds(20);

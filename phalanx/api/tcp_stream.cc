@@ -27,6 +27,7 @@ class TcpStream final : public ByteStream {
         timer_(strand_) {}
   void post(std::function<void()> work) override { asio::post(strand_, std::move(work)); }
   void handshake(std::function<void(const std::string&)> done) override { done({}); }
+  std::string peer_name() const override { return {}; }
   void read_some(std::span<char> buffer, Done done) override {
     socket_.async_read_some(asio::buffer(buffer.data(), buffer.size()), std::move(done));
   }

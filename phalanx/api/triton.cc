@@ -269,7 +269,7 @@ std::pair<std::string, std::string> split_path(std::string_view path) {
 
 void post_model(InferenceCall& call) {
   const auto [model, action] = split_path(call.request.path);
-  if (model != call.core.options.model_name)
+  if (!call.core.options.is_model(model))
     throw Refused(not_found(fmt::format("Model {} not found.", model)));
   if (action == "generate") return generate_text(call, false);
   if (action == "generate_stream") return generate_text(call, true);

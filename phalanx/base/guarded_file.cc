@@ -21,7 +21,7 @@ bool checks_switched_off() {
 }
 
 void check_owner_and_mode(const struct stat& st, const std::string& path, const FileRule& rule,
-                          Problems& findings) {
+                          Problems& findings, Problems& warnings) {
   if (rule.root_exempt && ::getuid() == 0) return;
   if (rule.owner_must_match && st.st_uid != ::getuid()) {
     findings.add({.what = "file belongs to another user",
@@ -32,7 +32,9 @@ void check_owner_and_mode(const struct stat& st, const std::string& path, const 
   }
   const mode_t mode = st.st_mode & 0777;
   if ((mode & ~rule.max_mode) != 0) {
-    findings.add({.what = "file permissions too wide",
+    const bool only_warns = rule.owner_x_warns && (mode & ~rule.max_mode) == S_IXUSR;
+    (only_warns ? warnings : findings)
+        .add({.what = "file permissions too wide",
                   .where = path,
                   .found = fmt::format("mode {:04o}", mode),
                   .expected = fmt::format("at most {:04o}", rule.max_mode),
@@ -40,13 +42,17 @@ void check_owner_and_mode(const struct stat& st, const std::string& path, const 
   }
 }
 
-}  // namespace
+// Open and admitted; what cannot be read at all is not valid.
+struct Admitted {
+  UniqueFd fd;
+  int64_t size = 0;
+};
 
-std::string read_guarded_file(const std::string& path, const FileRule& rule, Problems& problems,
-                              Problems& warnings) {
+Admitted admit(const std::string& path, const FileRule& rule, Problems& problems,
+               Problems& warnings) {
   // O_NONBLOCK: opening a FIFO must not wait for its writer.
   const int flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK | (rule.symlink_allowed ? 0 : O_NOFOLLOW);
-  const UniqueFd fd(::open(path.c_str(), flags));
+  UniqueFd fd(::open(path.c_str(), flags));
   if (!fd.valid()) {
     const int error = errno;
     struct stat link {};
@@ -69,9 +75,9 @@ std::string read_guarded_file(const std::string& path, const FileRule& rule, Pro
     return {};
   }
   if (rule.check_switch_applies && checks_switched_off()) {
-    check_owner_and_mode(st, path, rule, warnings);
+    check_owner_and_mode(st, path, rule, warnings, warnings);
   } else {
-    check_owner_and_mode(st, path, rule, problems);
+    check_owner_and_mode(st, path, rule, problems, warnings);
   }
   if (st.st_size < rule.min_bytes) {
     problems.add({.what = st.st_size == 0 ? "file is empty" : "file is too short",
@@ -87,10 +93,24 @@ std::string read_guarded_file(const std::string& path, const FileRule& rule, Pro
                   .expected = fmt::format("at most {}", rule.max_bytes)});
     return {};
   }
-  std::string text(static_cast<size_t>(st.st_size), '\0');
+  return {std::move(fd), st.st_size};
+}
+
+}  // namespace
+
+bool check_guarded_file(const std::string& path, const FileRule& rule, Problems& problems,
+                        Problems& warnings) {
+  return admit(path, rule, problems, warnings).fd.valid();
+}
+
+std::string read_guarded_file(const std::string& path, const FileRule& rule, Problems& problems,
+                              Problems& warnings) {
+  const Admitted file = admit(path, rule, problems, warnings);
+  if (!file.fd.valid()) return {};
+  std::string text(static_cast<size_t>(file.size), '\0');
   size_t done = 0;
   while (done < text.size()) {
-    const ssize_t n = ::read(fd.get(), text.data() + done, text.size() - done);
+    const ssize_t n = ::read(file.fd.get(), text.data() + done, text.size() - done);
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) {
       problems.add({.what = n < 0 ? fmt::format("file cannot be read: {}", std::strerror(errno))

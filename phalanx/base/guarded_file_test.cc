@@ -62,6 +62,28 @@ TEST_F(GuardedFile, SwitchTurnsModeIntoWarningOnlyWhereItApplies) {
   EXPECT_EQ(problems_.list().size(), 1u);
 }
 
+TEST_F(GuardedFile, AnOwnersXBitOnlyWarnsWhereAllowed) {
+  write("hello", 0700);
+  EXPECT_EQ(read({.owner_x_warns = true}), "hello");
+  EXPECT_TRUE(problems_.empty()) << problems_.to_string();
+  EXPECT_NE(warnings_.to_string().find("found mode 0700"), std::string::npos);
+  (void)read();
+  EXPECT_FALSE(problems_.empty());
+  write("hello", 0710);
+  (void)read({.owner_x_warns = true});
+  EXPECT_FALSE(problems_.empty());
+}
+
+TEST_F(GuardedFile, ChecksWithoutReading) {
+  write("hello", 0600);
+  EXPECT_TRUE(check_guarded_file(path_, {}, problems_, warnings_));
+  EXPECT_TRUE(problems_.empty());
+  write("hello", 0666);
+  EXPECT_TRUE(check_guarded_file(path_, {}, problems_, warnings_));
+  EXPECT_EQ(problems_.list().size(), 1u);
+  EXPECT_FALSE(check_guarded_file(path_ + "x", {}, problems_, warnings_));
+}
+
 TEST_F(GuardedFile, RefusesLinkUnlessAllowed) {
   write("hello", 0640);
   const std::string link = directory_ + "/link";

@@ -56,6 +56,9 @@ nlohmann::json parse_json(std::string_view text, std::string_view where, int max
     throw Error(Code::kInvalidArgument,
                 fmt::format("{}: not valid JSON at {}: {}", where, line_and_column(text, e.byte),
                             e.what()));
+  } catch (const nlohmann::json::out_of_range& e) {
+    throw Error(Code::kInvalidArgument,
+                fmt::format("{}: a number is too large for JSON's doubles: {}", where, e.what()));
   }
 }
 

@@ -6,7 +6,7 @@ namespace phalanx::net {
 
 std::string read_security_file(const std::string& path, Problems& problems, Problems& warnings) {
   const size_t before = problems.list().size();
-  std::string text = read_guarded_file(path, {.check_switch_applies = false}, problems, warnings);
+  std::string text = read_guarded_file(path, {.owner_x_warns = true, .check_switch_applies = false}, problems, warnings);
   if (problems.list().size() != before) text.clear();
   return text;
 }
