@@ -94,9 +94,9 @@ def test_missing_and_mistyped_keys_are_reported_together(instance):
         config["ServerConfig"]["port"] = "1025"
         config["BackendConfig"]["ScheduleConfig"]["maxBatchSize"] = 0
     edit(instance.config_file, change)
-    refused(instance.environment(0), "(3 problems)", "ServerConfig.maxLinkNum: missing key",
-            "ServerConfig.port: wrong type", 'string "1025"', "[1024, 65535]",
-            "ScheduleConfig.maxBatchSize: value out of range", "Fix: ")
+    refused(instance.environment(0), "(3 problems)", "ServerConfig.maxLinkNum\n", "missing key",
+            'add "maxLinkNum": 1000', "ServerConfig.port\n", "wrong type", 'string "1025"',
+            "[1024, 65535]", "ScheduleConfig.maxBatchSize\n", "value out of range", "mend:")
 
 
 def test_malformed_json_is_named_with_its_place(instance):
