@@ -67,7 +67,8 @@ struct Values {
 };
 
 struct Kernels {
-  bool pairs = false;  // multiply_bf16 takes bf16 inputs
+  bool pairs = false;   // multiply_bf16 takes bf16 inputs
+  bool narrow = false;  // tall register tiles are less than kGroupPanels wide
   void (*multiply_bf16)(const Product&) = nullptr;
   void (*multiply_f16)(const Product&) = nullptr;
   void (*multiply_f32)(const Product&) = nullptr;

@@ -517,6 +517,7 @@ float read(const float* memory, int64_t bytes) {
 
 constexpr Kernels make_kernels() {
   Kernels k;
+  k.narrow = kTilePanels(kTileRows) < kGroupPanels;
 #ifdef PHALANX_PAIRS
   k.pairs = true;
   k.multiply_bf16 = multiply<WeightsPairs>;

@@ -76,9 +76,9 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
   const int64_t panel = panel_bytes(w.k, w.dtype);
   const int64_t threads = pool.size();
   const Plan plan = make_plan(panels_of(w.rows), x.rows, threads);
-  // Half-wide weights of f32 products are widened once for all tokens of an item, not once for each
-  // tile of rows.
-  const bool widens = !pairs && w.dtype != DType::kF32 && x.rows > 2 * kTileRows;
+  // Where register tiles are narrow, half-wide weights are widened once for all tokens of an item,
+  // not once for each tile of rows.
+  const bool widens = kernels.narrow && w.dtype != DType::kF32 && x.rows > 2 * kTileRows;
   const auto widen = w.dtype == DType::kBF16 ? kernels.widen_bf16 : kernels.widen_f16;
   const int64_t step = k_block(x.rows, w, pairs, widens);
   const int64_t count = plan.items();
