@@ -129,16 +129,18 @@ void add(Context& ctx, const MatrixView& residual, const MatrixView& delta);
 
 // --- Attention -------------------------------------------------------------------------------
 
-// cos and sin for positions [0, max_position), f32, made once at load with our own sin/cos (double
-// precision, portable): cos[p][i] = cos(p * inv_freq[i]) * scale, i < rotary_dim / 2.
+// cos and sin for positions [0, positions), f32, made once at load with our own sin/cos (double
+// precision, portable): cos[p][i] = cos(f32(p * inv_freq[i])) * scale, i < rotary_dim / 2.
 struct RopeTable {
   int64_t rotary_dim = 0;
   int64_t positions = 0;
   std::vector<float> cos;  // [positions][rotary_dim / 2]
   std::vector<float> sin;
 };
-[[nodiscard]] RopeTable make_rope_table(std::span<const double> inv_freq, int64_t positions,
-                                        double scale);
+[[nodiscard]] RopeTable make_rope_table(std::span<const float> inv_freq, int64_t positions,
+                                        float scale);
+// One position more, whose frequencies may differ.
+void append_position(RopeTable& table, std::span<const float> inv_freq, float scale);
 
 // K and V of one layer on this rank: [block][kv_head], then block_size positions of head_dim as
 // kv_layout.h lays them out; dtype bf16, f32 or i8.

@@ -47,22 +47,25 @@ SinCos sin_cos(double x) {
 
 }  // namespace
 
-RopeTable make_rope_table(std::span<const double> inv_freq, int64_t positions, double scale) {
-  RopeTable table;
-  const auto half = static_cast<int64_t>(inv_freq.size());
-  table.rotary_dim = 2 * half;
-  table.positions = positions;
-  table.cos.resize(static_cast<size_t>(positions * half));
-  table.sin.resize(static_cast<size_t>(positions * half));
-  for (int64_t p = 0; p < positions; ++p) {
-    for (int64_t i = 0; i < half; ++i) {
-      const double angle = static_cast<double>(p) * inv_freq[static_cast<size_t>(i)];
-      PHALANX_CHECK(angle >= 0 && angle < 0x1p20 * 1.5);
-      const SinCos value = sin_cos(angle);
-      table.cos[static_cast<size_t>(p * half + i)] = static_cast<float>(value.cos * scale);
-      table.sin[static_cast<size_t>(p * half + i)] = static_cast<float>(value.sin * scale);
-    }
+void append_position(RopeTable& table, std::span<const float> inv_freq, float scale) {
+  PHALANX_CHECK(static_cast<int64_t>(inv_freq.size()) * 2 == table.rotary_dim);
+  const auto position = static_cast<float>(table.positions++);
+  for (const float f : inv_freq) {
+    // Rounded as the reference does: at large positions the rounding is what the model has learnt.
+    const float angle = position * f;
+    PHALANX_CHECK(angle >= 0 && angle < 0x1p20F * 1.5F);
+    const SinCos value = sin_cos(static_cast<double>(angle));
+    table.cos.push_back(static_cast<float>(value.cos) * scale);
+    table.sin.push_back(static_cast<float>(value.sin) * scale);
   }
+}
+
+RopeTable make_rope_table(std::span<const float> inv_freq, int64_t positions, float scale) {
+  RopeTable table;
+  table.rotary_dim = 2 * static_cast<int64_t>(inv_freq.size());
+  table.cos.reserve(static_cast<size_t>(positions) * inv_freq.size());
+  table.sin.reserve(static_cast<size_t>(positions) * inv_freq.size());
+  for (int64_t p = 0; p < positions; ++p) append_position(table, inv_freq, scale);
   return table;
 }
 

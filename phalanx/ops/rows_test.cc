@@ -114,10 +114,10 @@ TEST_P(Rows, RoundsToBf16AsTheScalarFunctionDoes) {
 TEST_P(Rows, RopeGivesOneSetOfBits) {
   for (const int64_t head_dim : {8, 12, 64, 80, 96, 128}) {
     for (const int64_t rotary : {head_dim, head_dim / 4 * 2}) {
-      std::vector<double> inv_freq;
+      std::vector<float> inv_freq;
       for (int64_t i = 0; i < rotary / 2; ++i)
-        inv_freq.push_back(std::pow(10000.0, -2.0 * static_cast<double>(i) / rotary));
-      const RopeTable rope = make_rope_table(inv_freq, 300, 1.0);
+        inv_freq.push_back(std::pow(10000.0F, -2.0F * static_cast<float>(i) / rotary));
+      const RopeTable rope = make_rope_table(inv_freq, 300, 1.0F);
       const int64_t q_heads = 3;
       const int64_t kv_heads = 2;
       const int64_t tokens = 33;
@@ -238,12 +238,12 @@ TEST_P(Rows, Int8CacheRoundsAsDocumented) {
 }
 
 TEST(Rope, TableAgreesWithLibm) {
-  const std::vector<double> inv_freq = {1.0, 0.7071, 0.1, 1e-3, 1e-6};
-  const RopeTable table = make_rope_table(inv_freq, 140'000, 1.25);
+  const std::vector<float> inv_freq = {1.0F, 0.7071F, 0.1F, 1e-3F, 1e-6F};
+  const RopeTable table = make_rope_table(inv_freq, 140'000, 1.25F);
   ASSERT_EQ(table.rotary_dim, 10);
   for (int64_t p = 0; p < table.positions; p += p < 1000 ? 1 : 331) {
     for (size_t i = 0; i < inv_freq.size(); ++i) {
-      const double angle = static_cast<double>(p) * inv_freq[i];
+      const auto angle = static_cast<double>(static_cast<float>(p) * inv_freq[i]);
       const size_t at = static_cast<size_t>(p) * inv_freq.size() + i;
       ASSERT_NEAR(table.cos[at], std::cos(angle) * 1.25, 1e-7) << p;
       ASSERT_NEAR(table.sin[at], std::sin(angle) * 1.25, 1e-7) << p;
