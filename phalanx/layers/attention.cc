@@ -1,7 +1,5 @@
 #include "phalanx/layers/attention.h"
 
-#include <cmath>
-
 namespace phalanx::layers {
 
 Attention::Attention(WeightPlan& plan, const Shape& shape, std::span<const Range> query_heads,
@@ -21,12 +19,23 @@ Attention::Attention(WeightPlan& plan, const Shape& shape, std::span<const Range
     bias_ = plan.vector({{q_name + ".bias", shape.heads * d, 0, q},
                          {k_name + ".bias", shape.kv_heads * d, 0, kv},
                          {v_name + ".bias", shape.kv_heads * d, 0, kv}});
+  q_rows_ = {.heads = heads.size(),
+             .head_dim = d,
+             .eps = shape.norm_eps,
+             .interleaved = shape.interleaved};
+  k_rows_ = q_rows_;
+  k_rows_.begin = heads.size() * d;
+  k_rows_.heads = kv_heads.size();
+  if (shape.norm) {
+    q_rows_.norm = plan.vector({{shape.name + ".q_norm.weight", d, 0, {0, d}}});
+    k_rows_.norm = plan.vector({{shape.name + ".k_norm.weight", d, 0, {0, d}}});
+  }
   attention_ = {.q_heads = heads.size(),
                 .q_head_begin = heads.begin,
                 .group = shape.heads / shape.kv_heads,
                 .kv_head_begin = kv_heads.begin,
                 .head_dim = d,
-                .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d))),
+                .scale = static_cast<float>(shape.scale),
                 .window = shape.window};
 }
 
@@ -37,6 +46,8 @@ void Attention::forward(ops::Context& ctx, const MatrixView& x, std::span<const 
                         const MatrixView& out) const {
   if (attention_.q_heads == 0) return;
   ops::linear(ctx, x, qkv_, bias_, qkv);
+  ops::prepare_heads(ctx, qkv, q_rows_);
+  ops::prepare_heads(ctx, qkv, k_rows_);
   ops::rope_and_store(ctx, qkv, attention_.q_heads, rope, positions, slots, kv);
   ops::attention(ctx, qkv, sequences, attention_, kv, columns_.own(out));
 }

@@ -5,6 +5,7 @@
 
 #include "phalanx/layers/cut_columns.h"
 #include "phalanx/layers/weight_plan.h"
+#include "phalanx/ops/head_rows.h"
 
 namespace phalanx::layers {
 
@@ -20,7 +21,11 @@ class Attention {
     int64_t kv_heads = 0;  // of the model
     int64_t head_dim = 0;
     bool bias = false;
-    int64_t window = 0;  // sliding window in positions, 0 = none
+    bool norm = false;         // RMS norm over each head of q and k
+    float norm_eps = 0;
+    int64_t interleaved = 0;   // leading values of a head whose pairs lie side by side
+    double scale = 0;          // of the scores
+    int64_t window = 0;        // sliding window in positions, 0 = none
   };
   // query_heads: of each rank, in heads. kv_heads: stored on this rank.
   Attention(WeightPlan& plan, const Shape& shape, std::span<const Range> query_heads,
@@ -40,6 +45,8 @@ class Attention {
  private:
   ops::PackedLinear qkv_;
   const float* bias_ = nullptr;
+  ops::HeadRows q_rows_;
+  ops::HeadRows k_rows_;
   ops::AttentionShape attention_;
   CutColumns columns_;
 };

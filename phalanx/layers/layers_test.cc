@@ -14,23 +14,25 @@ namespace phalanx::layers {
 namespace {
 
 TEST(Rotary, Frequencies) {
-  const auto plain = inverse_frequencies({.theta = 10000.0}, 8);
+  const auto plain = inverse_frequencies({.theta = 10000.0, .rotary_dim = 8});
   ASSERT_EQ(plain.size(), 4U);
-  EXPECT_DOUBLE_EQ(plain[0], 1.0);
-  EXPECT_NEAR(plain[1], 0.1, 1e-15);
-  EXPECT_NEAR(plain[3], 0.001, 1e-15);
-  const auto linear =
-      inverse_frequencies({.type = RotaryConfig::Type::kLinear, .theta = 10000.0, .factor = 4.0}, 8);
-  EXPECT_NEAR(linear[1], 0.025, 1e-15);
+  EXPECT_EQ(plain[0], 1.0F);
+  EXPECT_NEAR(plain[1], 0.1, 1e-8);
+  EXPECT_NEAR(plain[3], 0.001, 1e-9);
+  const auto linear = inverse_frequencies({.type = RotaryConfig::Type::kLinear,
+                                           .theta = 10000.0,
+                                           .factor = 4.0,
+                                           .rotary_dim = 8});
+  EXPECT_NEAR(linear[1], 0.025, 1e-8);
   // LLaMA 3.1: wave lengths below 8192 / 4 are kept, above 8192 / 1 divided by 8, others between.
   const auto llama3 = inverse_frequencies({.type = RotaryConfig::Type::kLlama3,
                                            .theta = 500000.0,
                                            .factor = 8.0,
                                            .low_freq_factor = 1.0,
                                            .high_freq_factor = 4.0,
-                                           .original_max_position_embeddings = 8192},
-                                          128);
-  const auto base = inverse_frequencies({.theta = 500000.0}, 128);
+                                           .original_max_position_embeddings = 8192,
+                                           .rotary_dim = 128});
+  const auto base = inverse_frequencies({.theta = 500000.0, .rotary_dim = 128});
   int kept = 0;
   int between = 0;
   int divided = 0;
@@ -40,16 +42,50 @@ TEST(Rotary, Frequencies) {
       EXPECT_EQ(llama3[i], base[i]);
       ++kept;
     } else if (wavelength > 8192.0) {
-      EXPECT_EQ(llama3[i], base[i] / 8.0);
+      EXPECT_EQ(llama3[i], base[i] / 8.0F);
       ++divided;
     } else {
       EXPECT_LT(llama3[i], base[i]);
-      EXPECT_GT(llama3[i], base[i] / 8.0);
+      EXPECT_GT(llama3[i], base[i] / 8.0F);
       ++between;
     }
   }
   EXPECT_EQ(kept + between + divided, 64);
   EXPECT_GT(between, 3);
+}
+
+TEST(Rotary, YarnKeepsShortWavesAndDividesLongOnes) {
+  // DeepSeek V3: 4096 positions times 40.
+  const RotaryConfig config{.type = RotaryConfig::Type::kYarn,
+                            .theta = 10000.0,
+                            .factor = 40.0,
+                            .original_max_position_embeddings = 4096,
+                            .rotary_dim = 64};
+  const auto yarn = inverse_frequencies(config);
+  const auto plain = inverse_frequencies({.theta = 10000.0, .rotary_dim = 64});
+  for (size_t i = 0; i < 10; ++i) EXPECT_EQ(yarn[i], plain[i]) << i;
+  EXPECT_LT(yarn[15], plain[15]);
+  EXPECT_GT(yarn[15], plain[15] / 40.0F);
+  for (size_t i = 23; i < 32; ++i) EXPECT_NEAR(yarn[i], plain[i] / 40.0F, plain[i] * 1e-8) << i;
+  EXPECT_NEAR(yarn_mscale(40.0, 1.0), 1.36888794541, 1e-10);
+  EXPECT_EQ(yarn_mscale(0.5, 1.0), 1.0);
+}
+
+TEST(Rotary, DynamicAnglesFollowFromThePosition) {
+  const RotaryConfig config{.type = RotaryConfig::Type::kDynamic,
+                            .theta = 10000.0,
+                            .factor = 2.0,
+                            .original_max_position_embeddings = 16,
+                            .rotary_dim = 8};
+  const auto plain = inverse_frequencies({.theta = 10000.0, .rotary_dim = 8});
+  EXPECT_EQ(inverse_frequencies(config, 16), plain);
+  const auto longer = inverse_frequencies(config, 32);
+  // theta * (2 * 32 / 16 - 1)^(8 / 6)
+  EXPECT_NEAR(longer[1], std::pow(10000.0 * std::pow(3.0, 8.0 / 6.0), -0.25), 1e-7);
+  const ops::RopeTable table = rope_table(config, 40);
+  ASSERT_EQ(table.positions, 40);
+  EXPECT_EQ(table.cos[15 * 4 + 1], ops::make_rope_table(plain, 16, 1.0F).cos[15 * 4 + 1]);
+  EXPECT_EQ(table.cos[31 * 4 + 1], ops::make_rope_table(longer, 32, 1.0F).cos[31 * 4 + 1]);
 }
 
 TEST(WeightPlan, TwoPlansOfOneOrderGiveOnePlacement) {

@@ -33,6 +33,7 @@ class Carver {
   // [rows, cols] without gaps.
   [[nodiscard]] tensor::MatrixView matrix(int64_t rows, int64_t cols, tensor::DType dtype);
   [[nodiscard]] int64_t bytes() const { return used_; }
+  [[nodiscard]] bool measures() const { return base_ == nullptr; }
 
  private:
   std::byte* base_;

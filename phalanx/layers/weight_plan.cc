@@ -272,7 +272,8 @@ void WeightPlan::verify_part(const Job& job, const RowSlice& part,
   } else {
     Wanted w{.name = part.name, .dtypes = {dtype_}, .shapes = {shape_of(part)},
              .fix = "let torch_dtype (or dtype) in config.json name the dtype of the weights"};
-    if (job.kind == Kind::kVector) w.dtypes = {DType::kF32, DType::kF16, DType::kBF16};
+    if (job.kind == Kind::kVector || job.kind == Kind::kLinearF32)
+      w.dtypes = {DType::kF32, DType::kF16, DType::kBF16};
     wanted.push_back(std::move(w));
   }
   for (const Wanted& w : wanted) {
@@ -404,6 +405,8 @@ void WeightPlan::load_piece(const Piece& piece, weights::WeightSource& source,
   const Job& job = *piece.job;
   std::byte* target = base_ + job.offset;
   if (job.kind == Kind::kVector) return load_vector(job, source, buffer);
+  if (job.kind == Kind::kLinearF32 || job.kind == Kind::kHeads)
+    return load_widened(job, source, problems);
   if (job.kind == Kind::kInput || job.kind == Kind::kOrder) {
     const RowSlice& part = job.parts.front();
     const quant::LinearFormat& format = *job.formats.front();
@@ -489,7 +492,7 @@ void WeightPlan::load(weights::WeightSource& source, ThreadPool& pool,
       pieces.push_back({.job = &job, .row_begin = 0, .rows = job.rows});
       continue;
     }
-    if (job.kind != Kind::kVector) {
+    if (job.kind != Kind::kVector && job.kind != Kind::kLinearF32 && job.kind != Kind::kHeads) {
       const int64_t row_bytes = job.cols * static_cast<int64_t>(tensor::dtype_bytes(dtype_));
       step = std::max<int64_t>(1, kPieceBytes / row_bytes / tensor::kPanelRows) *
              tensor::kPanelRows;

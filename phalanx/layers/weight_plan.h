@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "phalanx/base/error.h"
+#include "phalanx/ops/heads.h"
 #include "phalanx/ops/ops.h"
 #include "phalanx/quant/format.h"
 #include "phalanx/weights/weight_source.h"
@@ -41,6 +42,12 @@ class WeightPlan {
   ops::PackedLinear dense(std::vector<RowSlice> parts);
   // Gate and up of equal take.
   ops::PackedGated gated(RowSlice gate, RowSlice up);
+  // A linear layer in f32, whatever float dtype it is stored in (exact).
+  ops::PackedLinear linear_f32(RowSlice part);
+  // Rows `of_head` of each run of `period` rows among the taken ones, one matrix per run; bf16 where
+  // the checkpoint's dtype is that, else f32. transposed: [cols outputs, of_head inputs], else
+  // [of_head outputs, cols inputs]. Quantised ones by their values.
+  ops::PackedHeads heads(RowSlice part, int64_t period, Range of_head, bool transposed);
   // Rows as they are stored, or the values of quantised ones.
   MatrixView rows(RowSlice part);
   // The parts one after the other, converted to f32 (exactly). Parts have cols 0. nullptr where all of
@@ -62,7 +69,9 @@ class WeightPlan {
 
  private:
   // The last two: of a static input (scale, offset), and the order of k.
-  enum class Kind { kLinear, kGate, kUp, kRows, kVector, kInput, kOrder };
+  enum class Kind {
+    kLinear, kGate, kUp, kRows, kVector, kLinearF32, kHeads, kInput, kOrder
+  };
   struct Job {
     Kind kind = Kind::kRows;
     std::vector<RowSlice> parts;
@@ -71,6 +80,10 @@ class WeightPlan {
     int64_t rows = 0;    // taken, all parts
     int64_t cols = 0;
     int64_t offset = 0;  // in the arena
+    ops::PackedHeads heads;  // kHeads, and what of the rows
+    int64_t period = 0;
+    Range of_head;
+    bool transposed = false;
   };
   struct Piece;
   static void announce(const Piece& piece, weights::WeightSource& source);
@@ -86,6 +99,7 @@ class WeightPlan {
                    const weights::Checkpoint& checkpoint, Problems& problems) const;
   void load_piece(const Piece& piece, weights::WeightSource& source,
                   std::vector<std::byte>& buffer, Problems& problems) const;
+  void load_widened(const Job& job, weights::WeightSource& source, Problems& problems) const;
   void load_vector(const Job& job, weights::WeightSource& source,
                    std::vector<std::byte>& buffer) const;
   // Rows of a quantised tensor in the kernels' form; order: of k, where the layer has one.

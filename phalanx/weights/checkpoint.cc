@@ -1,5 +1,7 @@
 #include "phalanx/weights/checkpoint.h"
 
+#include "phalanx/base/check.h"
+
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/stat.h>
@@ -148,6 +150,24 @@ void Checkpoint::add_indexed(const std::string& index_path, Problems& problems) 
 const TensorEntry* Checkpoint::find(std::string_view name) const {
   const auto at = tensors_.find(name);
   return at == tensors_.end() ? nullptr : &at->second;
+}
+
+void Checkpoint::replace(const std::string& name, std::vector<TensorEntry> views,
+                         Problems& problems) {
+  const auto at = tensors_.find(name);
+  PHALANX_CHECK(at != tensors_.end());
+  const TensorEntry whole = at->second;
+  tensors_.erase(at);
+  for (TensorEntry& view : views) {
+    PHALANX_CHECK(view.file == whole.file && view.offset >= whole.offset &&
+                  view.offset + view.bytes <= whole.offset + whole.bytes);
+    std::string key = view.name;
+    if (!tensors_.emplace(key, std::move(view)).second)
+      problems.add({.what = "tensor stored twice",
+                    .where = path_of(whole) + ": tensor " + name,
+                    .found = key + ", also by itself",
+                    .expected = "one of the two"});
+  }
 }
 
 }  // namespace phalanx::weights

@@ -12,7 +12,7 @@
 namespace phalanx::weights {
 
 // The tensors of a checkpoint directory: model.safetensors, or model.safetensors.index.json and the
-// files it names, or the same as quant_model_weight*.safetensors. Headers are verified, no weight is read. Immutable afterwards: any thread.
+// files it names, or the same as quant_model_weight*.safetensors. Headers are verified, no weight is read. Immutable but for replace: any thread.
 class Checkpoint {
  public:
   // Adds everything that is wrong to `problems`, and is of use only if nothing was.
@@ -24,6 +24,10 @@ class Checkpoint {
   [[nodiscard]] const std::map<std::string, TensorEntry, std::less<>>& tensors() const {
     return tensors_;
   }
+  // Puts views of a tensor (parts of its bytes, under other names) in its place, before the
+  // checkpoint is shared. Adds a problem where a name is taken.
+  void replace(const std::string& name, std::vector<TensorEntry> views, Problems& problems);
+
   [[nodiscard]] const std::string& path_of(const TensorEntry& entry) const {
     return files_[static_cast<size_t>(entry.file)].path;
   }

@@ -79,14 +79,13 @@ int64_t WeightSource::tensors_asked() const {
   return static_cast<int64_t>(asked_.size());
 }
 
-std::vector<std::string> WeightSource::finish(std::span<const std::string_view> known_extras) {
+std::vector<std::string> WeightSource::finish(
+    const std::function<bool(std::string_view)>& known) {
   std::vector<std::string> left;
   {
     const std::lock_guard lock(mutex_);
     for (const auto& [name, entry] : checkpoint_.tensors()) {
-      const bool known = std::any_of(known_extras.begin(), known_extras.end(),
-                                     [&](std::string_view end) { return name.ends_with(end); });
-      if (!known && !asked_.contains(name)) left.push_back(name);
+      if (!asked_.contains(name) && !known(name)) left.push_back(name);
     }
   }
   if (!left.empty()) {

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <set>
 #include <span>
@@ -35,9 +36,9 @@ class WeightSource {
   [[nodiscard]] int64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
   [[nodiscard]] int64_t tensors_asked() const;
 
-  // Names of tensors never asked for, in one warning in the log. Those that end with one of
-  // `known_extras` are expected to be left over.
-  std::vector<std::string> finish(std::span<const std::string_view> known_extras);
+  // Names of tensors never asked for, in one warning in the log, but those that are known to be left
+  // over.
+  std::vector<std::string> finish(const std::function<bool(std::string_view)>& known);
 
  private:
   void read(const TensorEntry& entry, int64_t offset, int64_t bytes, std::byte* out);
