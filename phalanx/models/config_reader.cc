@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -108,6 +109,38 @@ std::string ConfigReader::text(std::string_view key, std::optional<std::string> 
     return value->get<std::string>();
   }
   return absent.value_or("");
+}
+
+std::vector<std::string> ConfigReader::texts(std::string_view key) const {
+  std::vector<std::string> result;
+  const nlohmann::json* value = node_->find(key);
+  if (value == nullptr) return result;
+  if (!value->is_array() || !std::all_of(value->begin(), value->end(),
+                                         [](const auto& item) { return item.is_string(); })) {
+    refuse(key, "wrong type", "a list of strings");
+    return result;
+  }
+  for (const auto& item : *value) result.push_back(item.get<std::string>());
+  return result;
+}
+
+std::vector<int64_t> ConfigReader::integers(std::string_view key, int64_t least,
+                                            int64_t most) const {
+  std::vector<int64_t> result;
+  const nlohmann::json* value = node_->find(key);
+  if (value == nullptr) return result;
+  const auto fits = [&](const nlohmann::json& item) {
+    return item.is_number_integer() &&
+           !(item.is_number_unsigned() && item.get<uint64_t>() > INT64_MAX) &&
+           item.get<int64_t>() >= least && item.get<int64_t>() <= most;
+  };
+  if (!value->is_array() || !std::all_of(value->begin(), value->end(), fits)) {
+    refuse(key, "wrong type or out of range",
+           fmt::format("a list of integers from {} to {}", least, most));
+    return result;
+  }
+  for (const auto& item : *value) result.push_back(item.get<int64_t>());
+  return result;
 }
 
 std::optional<ConfigReader> ConfigReader::object(std::string_view key) const {

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "phalanx/base/error.h"
 
@@ -27,6 +28,9 @@ class ConfigReader {
                 std::optional<double> absent = std::nullopt) const;
   bool boolean(std::string_view key, bool absent) const;
   std::string text(std::string_view key, std::optional<std::string> absent = std::nullopt) const;
+  // Lists; empty when absent.
+  std::vector<std::string> texts(std::string_view key) const;
+  std::vector<int64_t> integers(std::string_view key, int64_t least, int64_t most) const;
   // nullopt when absent or (after adding a problem) no object.
   std::optional<ConfigReader> object(std::string_view key) const;
 

@@ -7,6 +7,7 @@
 
 #include "phalanx/base/json.h"
 #include "phalanx/models/registry.h"
+#include "phalanx/weights/checkpoint.h"
 
 namespace phalanx::models {
 namespace {
@@ -89,7 +90,7 @@ TEST_F(Config, ParameterBytesAreThoseOfTheFile) {
 TEST_F(Config, RefusalsNameKeyFoundAndExpected) {
   EXPECT_SAYS(refusal(R"({"model_type": "gpt9"})"),
               "config.json: model_type: unknown model family, found gpt9, expected one of llama, "
-              "mistral");
+              "mistral, qwen2");
   EXPECT_SAYS(refusal(R"({"model_type": null})"), "model_type: key missing");
   EXPECT_SAYS(refusal(R"({"hidden_size": null})"), "config.json: hidden_size: key missing");
   EXPECT_SAYS(refusal(R"({"hidden_size": "54"})"),
@@ -106,13 +107,14 @@ TEST_F(Config, RefusalsNameKeyFoundAndExpected) {
   EXPECT_SAYS(refusal(R"({"dtype": "int8"})"),
               R"(dtype: unknown dtype, found "int8", expected bfloat16, float16 or float32)");
   EXPECT_SAYS(refusal(R"({"dtype": null})"), "torch_dtype: key missing");
-  EXPECT_SAYS(refusal(R"({"rope_parameters": {"rope_type": "yarn"}})"),
-              R"(rope_parameters.rope_type: unsupported rotary scaling, found "yarn", expected one of default, linear, llama3)");
-  EXPECT_SAYS(refusal(R"({"rope_parameters": {"rope_type": "dynamic"}})"), R"(found "dynamic")");
+  EXPECT_SAYS(refusal(R"({"rope_parameters": {"rope_type": "longrope", "factor": 2}})"),
+              R"(rope_parameters.rope_type: unsupported rotary scaling, found "longrope", expected one of default, linear, dynamic, llama3, yarn)");
+  EXPECT_SAYS(refusal(R"({"rope_parameters": {"rope_type": "dynamic"}})"),
+              "rope_parameters.factor: key missing");
   EXPECT_SAYS(refusal(R"({"rope_parameters": {"rope_type": "llama3"}})"),
               "rope_parameters.low_freq_factor: key missing");
   EXPECT_SAYS(refusal(R"({"rope_parameters": {"partial_rotary_factor": 0.5}})"),
-              "partial_rotary_factor: unsupported value, found 0.5");
+              "rope_parameters.partial_rotary_factor: odd rotary dimensions, found 0.5");
   EXPECT_SAYS(refusal(R"({"rope_parameters": 7})"), "rope_parameters: wrong type, found 7");
   EXPECT_SAYS(refusal(R"({"quantization_config": {"quant_method": "awq"}})"),
               "no quantised tensors found");

@@ -7,12 +7,16 @@
 
 #include "phalanx/base/clock.h"
 #include "phalanx/base/log.h"
+#include "phalanx/models/expert_names.h"
 
 namespace phalanx::models {
 namespace {
 
 using layers::MatrixView;
 using layers::Range;
+
+// Of MLA's norms, whatever rms_norm_eps says (DeepseekV2RMSNorm's default).
+constexpr float kLatentNormEps = 1e-6F;
 
 // One field of every rank's layout.
 std::vector<Range> ranges(std::span<const RankLayout> layout, Range RankLayout::* field) {
@@ -27,17 +31,26 @@ const RankLayout& of_rank(std::span<const RankLayout> layout, int rank) {
 }
 
 int64_t qkv_columns(const ModelInfo& info, const RankLayout& own) {
+  if (info.latent.kv_lora_rank > 0) return 0;
   return (own.query_heads.size() + 2 * own.kv_heads.size()) * info.head_dim;
 }
 
 ops::Context::Options context_options(const ModelInfo& info, const RankLayout& own,
                                       const ModelOptions& options) {
+  const LatentAttention& latent = info.latent;
+  const Experts& experts = info.experts;
   return {.isa = options.isa,
           .max_tokens = options.max_step_tokens,
-          .max_k = std::max({info.hidden_size, info.intermediate_size,
-                             info.num_attention_heads * info.head_dim}),
+          .max_k = std::max({info.hidden_size, info.intermediate_size, attention_width(info),
+                             latent.q_lora_rank, experts.intermediate_size,
+                             experts.shared_intermediate_size}),
           .max_rows = std::max({own.vocab_rows.size(), 2 * own.mlp_rows.size(),
-                                own.hidden_rows.size(), qkv_columns(info, own)}),
+                                own.hidden_rows.size(), qkv_columns(info, own),
+                                own.compressed_rows.size(),
+                                own.query_heads.size() *
+                                    (latent.qk_nope_head_dim + latent.qk_rope_head_dim),
+                                experts.count, 2 * own.expert_rows.size(),
+                                own.expert_outputs.size(), 2 * own.shared_rows.size()}),
           .max_heads = own.query_heads.size(),
           .max_head_dim = info.head_dim,
           .max_context = options.max_sequence,
@@ -51,6 +64,56 @@ layers::KvCache::Shape kv_shape(const ModelInfo& info, const RankLayout& own, in
           .head_dim = info.head_dim,
           .block_size = block_size,
           .dtype = info.act};
+}
+
+layers::LatentAttention::Shape latent_shape(const DecoderConfig& config, const std::string& name) {
+  const LatentAttention& latent = config.info.latent;
+  return {.name = name,
+          .hidden = config.info.hidden_size,
+          .heads = config.info.num_attention_heads,
+          .q_lora_rank = latent.q_lora_rank,
+          .kv_lora_rank = latent.kv_lora_rank,
+          .nope_head_dim = latent.qk_nope_head_dim,
+          .rope_head_dim = latent.qk_rope_head_dim,
+          .v_head_dim = latent.v_head_dim,
+          .bias = latent.bias,
+          .norm_eps = kLatentNormEps,
+          .interleaved = config.rotary.interleaved,
+          .scale = config.attention_scale};
+}
+
+layers::Moe::Shape moe_shape(const DecoderConfig& config, const std::string& layer) {
+  const Experts& experts = config.info.experts;
+  return {.name = layer + experts.block,
+          .gate = experts.gate,
+          .up = experts.up,
+          .down = experts.down,
+          .shared = experts.shared,
+          .correction = experts.correction_bias ? experts.correction : "",
+          .hidden = config.info.hidden_size,
+          .experts = experts.count,
+          .per_token = experts.per_token,
+          .intermediate = experts.intermediate_size,
+          .shared_intermediate = experts.shared_intermediate_size,
+          .shared_gate = experts.shared_gate,
+          .shared_bias = config.info.mlp_bias,
+          .rule = config.routing};
+}
+
+layers::ExpertLayout expert_layout(std::span<const RankLayout> layout) {
+  layers::ExpertLayout result{.experts = ranges(layout, &RankLayout::experts),
+                              .inner = ranges(layout, &RankLayout::expert_rows),
+                              .outer = ranges(layout, &RankLayout::expert_outputs),
+                              .shared = ranges(layout, &RankLayout::shared_rows),
+                              .hidden = ranges(layout, &RankLayout::hidden_rows)};
+  // Ranks of the first run hold the same experts.
+  const auto same = std::count(result.experts.begin(), result.experts.end(), result.experts[0]);
+  if (static_cast<size_t>(same) < layout.size()) result.moe_tp = static_cast<int>(same);
+  return result;
+}
+
+layers::MatrixView rows_or_none(const layers::MatrixView& matrix, int64_t rows) {
+  return matrix.rows_of(0, std::min(matrix.rows, rows));
 }
 
 void copy_rows(const MatrixView& from, std::span<const int32_t> rows, const MatrixView& to) {
@@ -73,56 +136,97 @@ DecoderLayers::DecoderLayers(layers::WeightPlan& plan, const DecoderConfig& conf
   const ModelInfo& info = config.info;
   const auto heads = ranges(layout, &RankLayout::query_heads);
   const auto hidden = ranges(layout, &RankLayout::hidden_rows);
-  const auto mlp = ranges(layout, &RankLayout::mlp_rows);
+  const auto mlp_rows = ranges(layout, &RankLayout::mlp_rows);
   const Range kv_heads = of_rank(layout, rank).kv_heads;
   const auto norm = [&](const std::string& name) {
     return plan.vector({{name, info.hidden_size, 0, {0, info.hidden_size}}});
   };
+  const auto compressed = ranges(layout, &RankLayout::compressed_rows);
+  const auto attention = [&](const std::string& name, size_t layer)
+      -> std::variant<layers::Attention, layers::LatentAttention> {
+    if (info.latent.kv_lora_rank > 0)
+      return layers::LatentAttention(plan, latent_shape(config, name), heads, compressed, info.act,
+                                     rank);
+    return layers::Attention(
+        plan,
+        {.name = name,
+         .hidden = info.hidden_size,
+         .heads = info.num_attention_heads,
+         .kv_heads = info.num_key_value_heads,
+         .head_dim = info.head_dim,
+         .bias = info.qkv_bias,
+         .norm = info.qk_norm,
+         .norm_eps = config.rms_norm_eps,
+         .interleaved = config.rotary.interleaved ? config.rotary.rotary_dim : 0,
+         .scale = config.attention_scale,
+         .window = config.windows.empty() ? 0 : config.windows[layer]},
+        heads, kv_heads, info.act, rank);
+  };
+  const auto mlp = [&](const std::string& name,
+                       size_t layer) -> std::variant<layers::GatedMlp, layers::Moe> {
+    if (info.experts.count > 0 && info.experts.in_layer[layer])
+      return layers::Moe(plan, moe_shape(config, name), expert_layout(layout), info.act, rank);
+    return layers::GatedMlp(plan,
+                            {.name = name + "mlp",
+                             .hidden = info.hidden_size,
+                             .intermediate = info.intermediate_size,
+                             .bias = info.mlp_bias},
+                            mlp_rows, hidden, info.act, rank);
+  };
   for (int64_t i = 0; i < info.num_layers; ++i) {
     const std::string name = fmt::format("model.layers.{}.", i);
-    layers.push_back(
-        {.attention_norm = norm(name + "input_layernorm.weight"),
-         .attention = layers::Attention(plan,
-                                        {.name = name + "self_attn",
-                                         .hidden = info.hidden_size,
-                                         .heads = info.num_attention_heads,
-                                         .kv_heads = info.num_key_value_heads,
-                                         .head_dim = info.head_dim,
-                                         .bias = info.qkv_bias,
-                                         .window = config.sliding_window},
-                                        heads, kv_heads, info.act, rank),
-         .output = layers::ShardedLinear(plan,
-                                         {.name = name + "self_attn.o_proj",
-                                          .rows = info.hidden_size,
-                                          .k = info.num_attention_heads * info.head_dim,
-                                          .bias = info.output_bias},
-                                         hidden, info.act, rank),
-         .mlp_norm = norm(name + "post_attention_layernorm.weight"),
-         .mlp = layers::GatedMlp(plan,
-                                 {.name = name + "mlp",
-                                  .hidden = info.hidden_size,
-                                  .intermediate = info.intermediate_size,
-                                  .bias = info.mlp_bias},
-                                 mlp, hidden, info.act, rank)});
+    const auto index = static_cast<size_t>(i);
+    layers.push_back({.attention_norm = norm(name + "input_layernorm.weight"),
+                      .attention = attention(name + "self_attn", index),
+                      .output = layers::ShardedLinear(plan,
+                                                      {.name = name + "self_attn.o_proj",
+                                                       .rows = info.hidden_size,
+                                                       .k = attention_width(info),
+                                                       .bias = info.output_bias},
+                                                      hidden, info.act, rank),
+                      .mlp_norm = norm(name + "post_attention_layernorm.weight"),
+                      .mlp = mlp(name, index)});
   }
   final_norm = norm("model.norm.weight");
 }
 
-Activations::Activations(layers::Carver& carver, const ModelInfo& info, const RankLayout& layout,
-                         const ModelOptions& options)
-    : residual(carver.matrix(options.max_step_tokens, info.hidden_size, tensor::DType::kF32)),
-      normed(carver.matrix(options.max_step_tokens, info.hidden_size, info.act)),
-      qkv(carver.matrix(options.max_step_tokens, qkv_columns(info, layout), info.act)),
-      attention(carver.matrix(options.max_step_tokens, info.num_attention_heads * info.head_dim,
-                              info.act)),
-      delta(carver.matrix(options.max_step_tokens, info.hidden_size, info.act)),
-      mlp(carver.matrix(options.max_step_tokens, info.intermediate_size, info.act)),
-      sampled_residual(
-          carver.matrix(options.max_step_rows, info.hidden_size, tensor::DType::kF32)),
-      sampled_attention(carver.matrix(options.max_step_rows,
-                                      info.num_attention_heads * info.head_dim, info.act)),
-      own_logits(carver.matrix(options.rank == 0 ? 0 : options.max_step_rows,
-                               layout.vocab_rows.size(), tensor::DType::kF32)) {}
+const layers::CutColumns& DecoderLayers::Layer::attention_columns() const {
+  return std::visit([](const auto& a) -> const layers::CutColumns& { return a.columns(); },
+                    attention);
+}
+
+int64_t attention_width(const ModelInfo& info) {
+  return info.num_attention_heads *
+         (info.latent.kv_lora_rank > 0 ? info.latent.v_head_dim : info.head_dim);
+}
+
+Activations::Activations(layers::Carver& carver, const DecoderConfig& config,
+                         std::span<const RankLayout> layout, const ModelOptions& options) {
+  const ModelInfo& info = config.info;
+  const RankLayout& own = of_rank(layout, options.rank);
+  const int64_t tokens = options.max_step_tokens;
+  const int64_t rows = options.max_step_rows;
+  const int64_t width = attention_width(info);
+  residual = carver.matrix(tokens, info.hidden_size, tensor::DType::kF32);
+  normed = carver.matrix(tokens, info.hidden_size, info.act);
+  qkv = carver.matrix(tokens, qkv_columns(info, own), info.act);
+  attention = carver.matrix(tokens, width, info.act);
+  delta = carver.matrix(tokens, info.hidden_size, info.act);
+  const bool all_experts =
+      info.experts.count > 0 &&
+      std::all_of(info.experts.in_layer.begin(), info.experts.in_layer.end(),
+                  [](bool experts) { return experts; });
+  mlp = carver.matrix(all_experts ? 0 : tokens, info.intermediate_size, info.act);
+  sampled_residual = carver.matrix(rows, info.hidden_size, tensor::DType::kF32);
+  sampled_attention = carver.matrix(rows, width, info.act);
+  own_logits = carver.matrix(options.rank == 0 ? 0 : rows, own.vocab_rows.size(),
+                             tensor::DType::kF32);
+  if (info.latent.kv_lora_rank > 0)
+    latent.emplace(carver, latent_shape(config, ""), own.query_heads.size(), tokens, info.act);
+  if (info.experts.count > 0)
+    moe.emplace(carver, moe_shape(config, ""), expert_layout(layout), tokens, info.act,
+                options.rank);
+}
 
 void verify_checkpoint(const ModelInfo& info, const weights::Checkpoint& checkpoint,
                        Problems& problems) {
@@ -140,17 +244,23 @@ int64_t parameter_bytes(const ModelInfo& info) {
 }
 
 MemoryNeed memory_need(const ModelInfo& info, const ModelOptions& options) {
-  const auto layout = plan_layout(info, options.weights);
+  const auto layout = plan_layout(info, options.weights, options.moe_ep);
   const RankLayout& own = of_rank(layout, options.rank);
   layers::WeightPlan plan(info.dtype, options.isa, nullptr, info.formats.get());
   const DecoderLayers declared(plan, {.info = info}, layout, 0, options.rank);
   layers::Carver carver;
-  const Activations activations(carver, info, own, options);
+  const Activations activations(carver, {.info = info}, layout, options);
+  const int64_t rope_dim =
+      info.latent.kv_lora_rank > 0 ? info.latent.qk_rope_head_dim : info.head_dim;
   const int64_t rope_bytes =
-      options.max_sequence * info.head_dim * static_cast<int64_t>(sizeof(float));
+      options.max_sequence * rope_dim * static_cast<int64_t>(sizeof(float));
+  const int64_t tables =
+      info.experts.count > 0
+          ? layers::Moe::Scratch::table_bytes(moe_shape({.info = info}, ""), options.max_step_tokens)
+          : 0;
   return {.weight_bytes = plan.arena_bytes(),
           .workspace_bytes =
-              carver.bytes() + rope_bytes + layers::Vocab::table_bytes(options.max_step_tokens) +
+              carver.bytes() + rope_bytes + tables + layers::Vocab::table_bytes(options.max_step_tokens) +
               ops::Context::bytes_for(context_options(info, own, options), options.threads),
           .kv_bytes_per_block = kv_shape(info, own, options.block_size).bytes_per_block(),
           .read_bytes = plan.read_bytes()};
@@ -162,18 +272,19 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
                            const std::function<void(int64_t, int64_t)>& progress)
     : config_(config),
       options_(options),
-      own_(of_rank(plan_layout(config.info, options.weights), options.rank)),
+      own_(of_rank(plan_layout(config.info, options.weights, options.moe_ep), options.rank)),
       group_(group),
       ctx_(context_options(config.info, own_, options), pool) {
   PHALANX_CHECK(group.size() == static_cast<int>(options.weights.size()) &&
                 group.rank() == options.rank);
   const int64_t begin_ns = now_ns();
   Problems problems;
-  const weights::Checkpoint checkpoint(options.directory, problems);
+  weights::Checkpoint checkpoint(options.directory, problems);
+  if (problems.empty()) name_experts(config.info, checkpoint, problems);
   if (problems.empty()) verify_checkpoint(config.info, checkpoint, problems);
   problems.throw_if_any(fmt::format("checkpoint {} cannot be used", options.directory));
 
-  const auto layout = plan_layout(config.info, options.weights);
+  const auto layout = plan_layout(config.info, options.weights, options.moe_ep);
   layers::WeightPlan measured(config.info.dtype, options.isa, nullptr, config.info.formats.get());
   (void)DecoderLayers(measured, config, layout, 0, options.rank);
   arena_ = std::make_unique<weights::Arena>(measured.arena_bytes());
@@ -184,15 +295,19 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
                                             options.rank);
   weights::WeightSource source(checkpoint);
   plan.load(source, pool, progress);
-  (void)source.finish(known_extras);
+  (void)source.finish([&](std::string_view tensor) {
+    return beyond_layers(tensor, config.info.num_layers) ||
+           std::any_of(known_extras.begin(), known_extras.end(), [&](std::string_view part) {
+             return tensor.find(part) != std::string_view::npos;
+           });
+  });
 
-  rope_ = ops::make_rope_table(layers::inverse_frequencies(config.rotary, config.info.head_dim),
-                               options.max_sequence, 1.0);
+  rope_ = layers::rope_table(config.rotary, options.max_sequence);
   layers::Carver measure;
-  (void)Activations(measure, config.info, own_, options);
+  (void)Activations(measure, config, layout, options);
   workspace_ = layers::Memory(measure.bytes(), "the activations of this rank");
   layers::Carver carver(workspace_.data());
-  activations_ = std::make_unique<Activations>(carver, config.info, own_, options);
+  activations_ = std::make_unique<Activations>(carver, config, layout, options);
   load_stats_ = {.tensors = source.tensors_asked(),
                  .bytes_read = source.bytes_read(),
                  .seconds = static_cast<double>(now_ns() - begin_ns) * 1e-9};
@@ -220,6 +335,25 @@ void DecoderModel::forward(const StepInputs& inputs, float* logits) {
       std::max<int64_t>(0, now_ns() - begin_ns - last_times_.communication_ns);
 }
 
+void DecoderModel::run_attention(const DecoderLayers::Layer& layer, size_t index,
+                                 const StepInputs& inputs, const MatrixView& x,
+                                 const MatrixView& out) {
+  const ops::KvLayer& kv = kv_.layer(static_cast<int64_t>(index));
+  if (const auto* latent = std::get_if<layers::LatentAttention>(&layer.attention))
+    return latent->forward(ctx_, group_, x, inputs.positions, inputs.slots, inputs.sequences, rope_,
+                           kv, *activations_->latent, out);
+  std::get<layers::Attention>(layer.attention)
+      .forward(ctx_, x, inputs.positions, inputs.slots, inputs.sequences, rope_, kv,
+               activations_->qkv.rows_of(0, x.rows), out);
+}
+
+void DecoderModel::run_mlp(const DecoderLayers::Layer& layer, const MatrixView& x,
+                           const MatrixView& inner, const MatrixView& out) {
+  if (const auto* moe = std::get_if<layers::Moe>(&layer.mlp))
+    return moe->forward(ctx_, group_, x, *activations_->moe, out);
+  std::get<layers::GatedMlp>(layer.mlp).forward(ctx_, group_, x, inner, out);
+}
+
 // Leaves the residual stream of the sample rows in sampled_residual.
 void DecoderModel::run_layers(const StepInputs& inputs) {
   const auto tokens = static_cast<int64_t>(inputs.tokens.size());
@@ -230,8 +364,7 @@ void DecoderModel::run_layers(const StepInputs& inputs) {
   MatrixView attention = a.attention.rows_of(0, tokens);
   MatrixView normed = a.normed.rows_of(0, tokens);
   MatrixView delta = a.delta.rows_of(0, tokens);
-  MatrixView mlp = a.mlp.rows_of(0, tokens);
-  const MatrixView qkv = a.qkv.rows_of(0, tokens);
+  MatrixView mlp = rows_or_none(a.mlp, tokens);
 
   // The stored dtype is never wider than act, so a row of the exchange fits one of delta.
   layers_->vocab.embed(ctx_, group_, inputs.tokens, static_cast<std::byte*>(delta.data), residual);
@@ -239,24 +372,23 @@ void DecoderModel::run_layers(const StepInputs& inputs) {
   for (size_t i = 0; i < layers_->layers.size(); ++i) {
     const DecoderLayers::Layer& layer = layers_->layers[i];
     const bool last = i + 1 == layers_->layers.size();
-    layer.attention.forward(ctx_, normed, inputs.positions, inputs.slots, inputs.sequences, rope_,
-                            kv_.layer(static_cast<int64_t>(i)), qkv, attention);
+    run_attention(layer, i, inputs, normed, attention);
     if (last) {
       // Nothing after the last attention mixes tokens: go on with the rows to sample alone.
       if (rows == 0) return;
-      const MatrixView own = layer.attention.columns().own(attention);
+      const MatrixView own = layer.attention_columns().own(attention);
       attention = a.sampled_attention.rows_of(0, rows);
-      copy_rows(own, inputs.sample_rows, layer.attention.columns().own(attention));
+      copy_rows(own, inputs.sample_rows, layer.attention_columns().own(attention));
       copy_rows(residual, inputs.sample_rows, a.sampled_residual);
       residual = a.sampled_residual.rows_of(0, rows);
       normed = a.normed.rows_of(0, rows);
       delta = a.delta.rows_of(0, rows);
-      mlp = a.mlp.rows_of(0, rows);
+      mlp = rows_or_none(a.mlp, rows);
     }
-    layer.attention.columns().all_gather(group_, attention);
+    layer.attention_columns().all_gather(group_, attention);
     layer.output.forward(ctx_, group_, attention, delta);
     ops::add_rms_norm(ctx_, residual, delta, layer.mlp_norm, eps, normed);
-    layer.mlp.forward(ctx_, group_, normed, mlp, delta);
+    run_mlp(layer, normed, mlp, delta);
     ops::add_rms_norm(ctx_, residual, delta,
                       last ? layers_->final_norm : layers_->layers[i + 1].attention_norm, eps,
                       normed);

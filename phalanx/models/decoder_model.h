@@ -2,36 +2,34 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string_view>
+#include <variant>
 #include <vector>
 
 #include "phalanx/layers/attention.h"
 #include "phalanx/layers/kv_cache.h"
+#include "phalanx/layers/latent_attention.h"
 #include "phalanx/layers/linear.h"
 #include "phalanx/layers/memory.h"
-#include "phalanx/layers/rotary.h"
+#include "phalanx/layers/moe.h"
 #include "phalanx/layers/vocab.h"
-#include "phalanx/models/model.h"
+#include "phalanx/models/decoder_config.h"
 #include "phalanx/weights/arena.h"
 
 namespace phalanx::models {
-
-// A decoder of pre-norm layers: RMS norm, rotary grouped-query attention, gated MLP.
-struct DecoderConfig {
-  ModelInfo info;
-  float rms_norm_eps = 1e-6F;
-  layers::RotaryConfig rotary;
-  int64_t sliding_window = 0;  // positions, 0 = none
-};
 
 // The weights of one rank, as layers. Made with a plan without base it only declares.
 struct DecoderLayers {
   struct Layer {
     const float* attention_norm = nullptr;  // [hidden]
-    layers::Attention attention;
+    std::variant<layers::Attention, layers::LatentAttention> attention;
     layers::ShardedLinear output;
     const float* mlp_norm = nullptr;  // [hidden]
-    layers::GatedMlp mlp;
+    std::variant<layers::GatedMlp, layers::Moe> mlp;
+
+    // Own columns of the attention's output.
+    [[nodiscard]] const layers::CutColumns& attention_columns() const;
   };
   DecoderLayers(layers::WeightPlan& plan, const DecoderConfig& config,
                 std::span<const RankLayout> layout, int64_t max_step_tokens, int rank);
@@ -42,20 +40,25 @@ struct DecoderLayers {
 
 // The activations of one step.
 struct Activations {
-  Activations(layers::Carver& carver, const ModelInfo& info, const RankLayout& layout,
-              const ModelOptions& options);
+  Activations(layers::Carver& carver, const DecoderConfig& config,
+              std::span<const RankLayout> layout, const ModelOptions& options);
   layers::MatrixView residual;    // f32 [max_step_tokens, hidden], equal on all ranks
   layers::MatrixView normed;      // act [max_step_tokens, hidden]
   layers::MatrixView qkv;         // act [max_step_tokens, own q, k and v columns]
-  layers::MatrixView attention;   // act [max_step_tokens, heads * head_dim], gathered
+  layers::MatrixView attention;   // act [max_step_tokens, attention_width()], gathered
   layers::MatrixView delta;       // act [max_step_tokens, hidden], gathered
   layers::MatrixView mlp;         // act [max_step_tokens, intermediate], gathered
   layers::MatrixView sampled_residual;   // f32 [max_step_rows, hidden]
-  layers::MatrixView sampled_attention;  // act [max_step_rows, heads * head_dim]
+  layers::MatrixView sampled_attention;  // act [max_step_rows, attention_width()]
   layers::MatrixView own_logits;         // f32 [max_step_rows, own vocabulary], not on rank 0
+  std::optional<layers::LatentAttention::Scratch> latent;
+  std::optional<layers::Moe::Scratch> moe;
 };
 
-// Adds what keeps `checkpoint` from being loaded.
+// Columns of the attention's output.
+[[nodiscard]] int64_t attention_width(const ModelInfo& info);
+
+// Adds what keeps `checkpoint`, its experts named (name_experts), from being loaded.
 void verify_checkpoint(const ModelInfo& info, const weights::Checkpoint& checkpoint,
                        Problems& problems);
 [[nodiscard]] int64_t parameter_bytes(const ModelInfo& info);
@@ -74,6 +77,10 @@ class DecoderModel final : public Model {
   void forward(const StepInputs& inputs, float* logits) override;
 
  private:
+  void run_attention(const DecoderLayers::Layer& layer, size_t index, const StepInputs& inputs,
+                     const layers::MatrixView& x, const layers::MatrixView& out);
+  void run_mlp(const DecoderLayers::Layer& layer, const layers::MatrixView& x,
+               const layers::MatrixView& inner, const layers::MatrixView& out);
   void run_layers(const StepInputs& inputs);
   void run_head(int64_t rows, float* logits);
 

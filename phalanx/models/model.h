@@ -15,6 +15,34 @@
 
 namespace phalanx::models {
 
+// Attention over one compressed row of keys and values per token (MLA,
+// https://arxiv.org/abs/2405.04434, 2.1), which every rank stores.
+struct LatentAttention {
+  int64_t q_lora_rank = 0;   // 0: queries straight from the hidden state
+  int64_t kv_lora_rank = 0;  // 0: no such attention
+  int64_t qk_nope_head_dim = 0;
+  int64_t qk_rope_head_dim = 0;
+  int64_t v_head_dim = 0;
+  bool bias = false;  // of q_a_proj and kv_a_proj_with_mqa
+};
+
+// A mixture of experts, in some of the layers.
+struct Experts {
+  int64_t count = 0;
+  int64_t per_token = 0;
+  int64_t intermediate_size = 0;         // of each
+  int64_t shared_intermediate_size = 0;  // of the expert that sees every token, 0 = none
+  bool shared_gate = false;              // its output is weighed by a sigmoid
+  bool correction_bias = false;          // added to the scores for the choice alone
+  std::vector<bool> in_layer;            // one per layer
+  std::string block = "mlp";             // names in the checkpoint, below model.layers.N.
+  std::string gate = "gate_proj";        // below block.experts.N.
+  std::string up = "up_proj";
+  std::string down = "down_proj";
+  std::string shared = "shared_experts";             // below block.
+  std::string correction = "gate.e_score_correction_bias";  // below block.
+};
+
 // What engine and start-up report may know of a model.
 struct ModelInfo {
   std::string model_type;
@@ -32,6 +60,9 @@ struct ModelInfo {
   bool qkv_bias = false;     // of the q, k and v projections
   bool output_bias = false;  // of the attention's output projection
   bool mlp_bias = false;
+  bool qk_norm = false;      // RMS norm over each head of q and k
+  LatentAttention latent;
+  Experts experts;
   int64_t parameter_bytes = 0;  // whole checkpoint, as stored
   // How the linear layers are stored; nullptr: all float.
   std::shared_ptr<const quant::Formats> formats;
@@ -44,10 +75,18 @@ struct RankLayout {
   tensor::Range hidden_rows;    // of o_proj and down_proj
   tensor::Range mlp_rows;       // of gate and up
   tensor::Range vocab_rows;     // of the embedding and the head
+  tensor::Range compressed_rows;  // of MLA's q_a_proj and kv_a_proj_with_mqa, one after the other
+  tensor::Range experts;          // held here
+  tensor::Range expert_rows;      // of gate and up of these experts
+  tensor::Range expert_outputs;   // of their down
+  tensor::Range shared_rows;      // of gate and up of the shared expert
 };
-// weights: one per rank. Throws Error(kInvalidArgument) when there are more ranks than query heads.
+// weights: one per rank. moe_ep: runs of neighbouring ranks that hold whole experts; 1: every rank
+// holds rows of all of them. Throws Error(kInvalidArgument) when there are more ranks than query
+// heads, when moe_ep does not divide the ranks, is more than the experts, or the model has none.
 [[nodiscard]] std::vector<RankLayout> plan_layout(const ModelInfo& info,
-                                                  std::span<const double> weights);
+                                                  std::span<const double> weights,
+                                                  int64_t moe_ep = 1);
 
 // Memory one rank needs, computed from the plan alone, before any weight is read.
 struct MemoryNeed {
@@ -65,6 +104,7 @@ struct ModelOptions {
   int64_t max_sequence = 0;      // longest sequence (prompt + output)
   int64_t block_size = 128;
   std::vector<double> weights;   // of the ranks, for the cut; its size is the world size
+  int64_t moe_ep = 1;            // see plan_layout
   int rank = 0;
   // Sees the input of every linear layer (ops::Context::Options::observer); lent.
   const std::function<void(const ops::MatrixView& x)>* observer = nullptr;

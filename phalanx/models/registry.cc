@@ -5,6 +5,8 @@
 #include <array>
 
 #include "phalanx/layers/weight_plan.h"
+#include "phalanx/models/decoder_model.h"
+#include "phalanx/models/expert_names.h"
 #include "phalanx/weights/checkpoint.h"
 #include "phalanx/weights/quant_formats.h"
 
@@ -12,11 +14,53 @@ namespace phalanx::models {
 namespace {
 
 constexpr std::array<std::string_view, 1> kRotaryTables = {".rotary_emb.inv_freq"};
+// Layers that predict several tokens at once, in ERNIE's names.
+constexpr std::array<std::string_view, 2> kMultiToken = {".rotary_emb.inv_freq", ".mtp_"};
 
-constexpr std::array<Family, 2> kFamilies = {{
+constexpr Family kFamilies[] = {
     {"llama", read_llama, kRotaryTables},
     {"mistral", read_mistral, kRotaryTables},
-}};
+    {"qwen2", read_qwen2, kRotaryTables},
+    {"qwen3", read_qwen3, kRotaryTables},
+    {"ernie4_5", read_ernie4_5, kMultiToken},
+    {"mixtral", read_mixtral, kRotaryTables},
+    {"deepseek", read_deepseek, kRotaryTables},
+    {"deepseek_v2", read_deepseek_v2, kRotaryTables},
+    {"deepseekv2", read_deepseek_v2, kRotaryTables},
+    {"deepseek_v3", read_deepseek_v3, kRotaryTables},
+    {"kimi_k2", read_deepseek_v3, kRotaryTables},
+    {"qwen2_moe", read_qwen2_moe, kRotaryTables},
+    {"qwen3_moe", read_qwen3_moe, kRotaryTables},
+    {"glm4_moe", read_glm4_moe, kRotaryTables},
+    {"ernie4_5_moe", read_ernie4_5_moe, kMultiToken},
+};
+
+// What no machine holds is a mistake in config.json; found before sizes are multiplied.
+void refuse_giants(const ConfigReader& reader, const ModelInfo& info) {
+  constexpr double kMostBytes = 1e15;
+  constexpr int64_t kMostExperts = 1 << 17;
+  const auto wide = [](int64_t n) { return static_cast<double>(n); };
+  const Experts& experts = info.experts;
+  const double heads = wide(info.num_attention_heads) *
+                       (wide(info.head_dim) + wide(info.latent.qk_nope_head_dim) +
+                        wide(info.latent.qk_rope_head_dim) + wide(info.latent.v_head_dim));
+  const double attention = heads * (4 * wide(info.hidden_size) + wide(info.latent.q_lora_rank) +
+                                    wide(info.latent.kv_lora_rank)) +
+                           wide(info.hidden_size) * wide(info.latent.q_lora_rank);
+  const double mlp = 3 * wide(info.hidden_size) *
+                     (wide(info.intermediate_size) + wide(experts.shared_intermediate_size) +
+                      wide(experts.count) * wide(experts.intermediate_size));
+  const double bytes = 4 * (wide(info.num_layers) * (attention + mlp) +
+                            2 * wide(info.vocab_size) * wide(info.hidden_size));
+  if (bytes > kMostBytes)
+    reader.refuse("num_hidden_layers", "a model of sizes that cannot be",
+                  fmt::format("sizes of fewer than {:.0e} bytes together, not {:.1e}", kMostBytes,
+                              bytes));
+  if (info.num_layers * experts.count > kMostExperts)
+    reader.refuse("num_hidden_layers", "more experts than can be",
+                  fmt::format("at most {} over all layers, not {}", kMostExperts,
+                              info.num_layers * experts.count));
+}
 
 }  // namespace
 
@@ -43,6 +87,7 @@ FamilyConfig read_config(const std::string& directory) {
   const Family& family = family_of(reader);
   DecoderConfig config = family.read(reader);
   config.info.formats = weights::read_quant_formats(directory, problems);
+  refuse_giants(reader, config.info);
   problems.throw_if_any(fmt::format("model {} cannot be used", directory));
   config.info.model_type = family.model_type;
   config.info.parameter_bytes = parameter_bytes(config.info);
@@ -56,7 +101,8 @@ ModelInfo read_model_info(const std::string& directory) {
 void check_checkpoint(const std::string& directory) {
   const FamilyConfig found = read_config(directory);
   Problems problems;
-  const weights::Checkpoint checkpoint(directory, problems);
+  weights::Checkpoint checkpoint(directory, problems);
+  if (problems.empty()) name_experts(found.config.info, checkpoint, problems);
   if (problems.empty()) verify_checkpoint(found.config.info, checkpoint, problems);
   problems.throw_if_any(fmt::format("checkpoint {} cannot be used", directory));
 }

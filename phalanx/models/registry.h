@@ -4,7 +4,7 @@
 #include <string_view>
 
 #include "phalanx/models/config_reader.h"
-#include "phalanx/models/decoder_model.h"
+#include "phalanx/models/decoder_config.h"
 
 namespace phalanx::models {
 
@@ -12,7 +12,7 @@ namespace phalanx::models {
 struct Family {
   std::string_view model_type;
   DecoderConfig (*read)(const ConfigReader& config);
-  // Ends of names of tensors that checkpoints hold and the family does not use.
+  // Parts of names of tensors that checkpoints hold and the family does not use.
   std::span<const std::string_view> known_extras;
 };
 
@@ -31,5 +31,16 @@ struct FamilyConfig {
 // --- families, one .cc each
 [[nodiscard]] DecoderConfig read_llama(const ConfigReader& config);
 [[nodiscard]] DecoderConfig read_mistral(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_qwen2(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_qwen3(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_ernie4_5(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_mixtral(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_deepseek(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_deepseek_v2(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_deepseek_v3(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_qwen2_moe(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_qwen3_moe(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_glm4_moe(const ConfigReader& config);
+[[nodiscard]] DecoderConfig read_ernie4_5_moe(const ConfigReader& config);
 
 }  // namespace phalanx::models

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <exception>
 #include <functional>
 #include <map>
@@ -14,7 +15,8 @@
 #include <vector>
 
 #include "phalanx/comm/bootstrap.h"
-#include "phalanx/models/model.h"
+#include "phalanx/models/decoder_model.h"
+#include "phalanx/models/registry.h"
 
 namespace phalanx::models {
 
@@ -35,8 +37,8 @@ struct TestStep {
 
 // Flat arrays of a step. Blocks of a sequence are scattered, as they are in service.
 struct FlatStep {
-  FlatStep(const TestStep& step, int64_t sequences) {
-    const int64_t blocks_per_sequence = kTestSequence / kTestBlock;
+  FlatStep(const TestStep& step, int64_t sequences, int64_t max_sequence = kTestSequence) {
+    const int64_t blocks_per_sequence = max_sequence / kTestBlock;
     tables.reserve(step.slices.size());
     for (const TestSlice& slice : step.slices) {
       std::vector<int32_t> table;
@@ -76,7 +78,13 @@ struct RunOptions {
   int threads = 1;          // per rank
   int64_t sequences = 1;    // at once
   int64_t max_tokens = 512;
+  int64_t max_sequence = kTestSequence;
+  int64_t moe_ep = 1;
   std::vector<LoadStats>* load_stats = nullptr;  // receives one per rank
+  std::function<void(DecoderConfig&)> change;    // of what config.json says
+  // After the steps sequence 0 goes on: this many tokens, each the best of the logits before it.
+  int64_t generate = 0;
+  std::vector<int32_t>* generated = nullptr;
 };
 
 // Logits of all steps, one after the other: [sum of rows, vocab].
@@ -99,21 +107,39 @@ inline std::vector<float> run_steps(const RunOptions& options, const std::vector
                                        .isa = options.isa,
                                        .max_step_tokens = options.max_tokens,
                                        .max_step_rows = options.max_tokens,
-                                       .max_sequence = kTestSequence,
+                                       .max_sequence = options.max_sequence,
                                        .block_size = kTestBlock,
                                        .weights = options.weights,
+                                       .moe_ep = options.moe_ep,
                                        .rank = rank};
-      const auto model = load_model(model_options, *group, pool, nullptr);
+      FamilyConfig found = read_config(options.directory);
+      if (options.change) options.change(found.config);
+      const auto model = std::make_unique<DecoderModel>(
+          found.config, found.family->known_extras, model_options, *group, pool, nullptr);
       if (options.load_stats != nullptr)
         (*options.load_stats)[static_cast<size_t>(rank)] = model->load_stats();
-      model->allocate_kv(kTestSequence / kTestBlock * options.sequences);
-      for (const TestStep& step : steps) {
-        const FlatStep flat(step, options.sequences);
+      model->allocate_kv(options.max_sequence / kTestBlock * options.sequences);
+      std::vector<TestStep> all = steps;
+      int32_t next = 0;
+      for (size_t i = 0; i < steps.size() + static_cast<size_t>(std::max<int64_t>(0, options.generate - 1)); ++i) {
+        if (i >= steps.size()) {
+          const TestSlice& before = all.back().slices.front();
+          all.push_back({.slices = {{.begin = before.begin + static_cast<int64_t>(before.tokens.size()),
+                                     .tokens = {next}}}});
+        }
+        const FlatStep flat(all[i], options.sequences, options.max_sequence);
         std::vector<float> out;
         if (rank == 0)
           out.resize(flat.rows.size() * static_cast<size_t>(model->info().vocab_size));
         model->forward(flat.inputs(), rank == 0 ? out.data() : nullptr);
         if (rank == 0) logits.insert(logits.end(), out.begin(), out.end());
+        if (i + 1 < steps.size() || options.generate == 0) continue;
+        if (rank == 0) {
+          const auto row = out.end() - static_cast<long>(model->info().vocab_size);
+          next = static_cast<int32_t>(std::max_element(row, out.end()) - row);
+          if (options.generated != nullptr) options.generated->push_back(next);
+        }
+        group->broadcast(std::as_writable_bytes(std::span(&next, 1)), 0);
       }
     } catch (...) {
       errors[static_cast<size_t>(rank)] = std::current_exception();

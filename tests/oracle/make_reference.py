@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Makes the committed reference data of the model tests with the public `transformers`.
 
-    python3 make_reference.py tiny   OUT_DIR             # random checkpoints + logits
-    python3 make_reference.py real   CHECKPOINT OUT.json # reference of a real checkpoint
+    python3 make_reference.py tiny     OUT_DIR [NAME...]   # random checkpoints + logits: llama, mistral
+    python3 make_reference.py families OUT_DIR [NAME...]   # the same of the other families
+    python3 make_reference.py long     OUT_DIR             # 32,768 tokens on a tiny yarn checkpoint
+    python3 make_reference.py real     CHECKPOINT OUT.json # reference of a real checkpoint
 
 Needs torch, transformers and safetensors; running the tests needs none of them. The reference is
 always computed in fp32: weights stored as bf16 or f16 are widened exactly.
 
-tiny: OUT_DIR/<name>/{config.json, *.safetensors, reference.json, logits.f32}. logits.f32 holds the
-logits of every position, f32 little-endian [tokens, vocab].
+tiny, families: OUT_DIR/<name>/{config.json, *.safetensors, reference.json, logits.f32}. logits.f32
+holds the logits of every position, f32 little-endian [tokens, vocab].
 real: per prompt its token ids and, per position, log-sum-exp, the ten best logits and a fixed
 sample of others.
 """
@@ -103,8 +105,10 @@ def store(model, config, dtype, directory, options):
     return state
 
 
-def tiny(out):
+def tiny(out, names):
     for seed, (name, (keys, dtype, options)) in enumerate(TINY.items()):
+        if names and name not in names:
+            continue
         directory = os.path.join(out, name)
         shutil.rmtree(directory, ignore_errors=True)
         os.makedirs(directory)
@@ -169,9 +173,15 @@ def real(checkpoint, out):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    import families
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("tiny")
+    for command in ("tiny", "families"):
+        p = commands.add_parser(command)
+        p.add_argument("out")
+        p.add_argument("name", nargs="*")
+    p = commands.add_parser("long")
     p.add_argument("out")
     p = commands.add_parser("real")
     p.add_argument("checkpoint")
@@ -179,6 +189,10 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.command == "tiny":
-        tiny(arguments.out)
+        tiny(arguments.out, arguments.name)
+    elif arguments.command == "families":
+        families.make(arguments.out, arguments.name)
+    elif arguments.command == "long":
+        families.make_long(arguments.out)
     else:
         real(arguments.checkpoint, arguments.out)

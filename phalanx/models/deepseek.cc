@@ -1,0 +1,22 @@
+#include "phalanx/models/registry.h"
+
+namespace phalanx::models {
+
+// DeepSeek-MoE-16B: LLaMA's attention, shared and routed experts, the first layers dense.
+DecoderConfig read_deepseek(const ConfigReader& config) {
+  DecoderConfig result = read_decoder(config);
+  const bool bias = config.boolean("attention_bias", false);
+  result.info.qkv_bias = bias;
+  result.info.output_bias = bias;
+  read_experts(config, result, "n_routed_experts", "num_experts_per_tok");
+  read_dense_before(config, result);
+  Experts& experts = result.info.experts;
+  experts.shared_intermediate_size =
+      experts.intermediate_size * config.integer("n_shared_experts", 1, kMaxWidth, 0);
+  if (config.text("scoring_func", "softmax") != "softmax")
+    config.refuse("scoring_func", "unsupported scores", "softmax");
+  result.routing.normalise = config.boolean("norm_topk_prob", false) && experts.per_token > 1;
+  return result;
+}
+
+}  // namespace phalanx::models
