@@ -1,7 +1,7 @@
 # The front door. It only calls CMake presets and scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: help build demo serve test test-clients bench bench-load bench-peers connections format lint install clean
+.PHONY: help build demo serve test test-clients test-long fuzz oracle bench bench-load bench-peers connections format lint install clean
 
 help:
 	@echo "make build            build/release/phalanx (installs what is missing first)"
@@ -9,6 +9,9 @@ help:
 	@echo "make serve            the same two nodes, and they stay up"
 	@echo "make test             unit, system, ASan+UBSan and TSan tests"
 	@echo "make test-clients     Hugging Face, Triton, litellm, langchain, schemathesis (installs them)"
+	@echo "make test-long        a prompt of 32,768 tokens against its reference"
+	@echo "make fuzz             damaged headers, indices, GGUF files and config.json, 10 minutes"
+	@echo "make oracle           remakes tests/oracle/data (needs torch and transformers)"
 	@echo "make bench            memory, kernels, collectives, engine; tables in bench/RESULTS.md"
 	@echo "make bench-load       loading beside plain reading and memcpy"
 	@echo "make bench-peers      the same work by llama.cpp, vLLM and OpenVINO; bench/PEERS.md"
@@ -32,6 +35,21 @@ test:
 
 test-clients: build
 	@scripts/test_clients
+
+test-long: build
+	@PHALANX_LONG_TEST=1 build/release/rooms/models/models_test --gtest_filter='LongPrompt.*'
+
+fuzz:
+	@scripts/setup --tests
+	@scripts/build dev
+	@PHALANX_FUZZ_SECONDS=150 build/dev/rooms/weights/weights_test --gtest_filter='HeaderFuzz.*'
+	@PHALANX_FUZZ_SECONDS=150 build/dev/rooms/models/models_test --gtest_filter='ConfigFuzz.*'
+
+PYTHON ?= python3
+oracle:
+	@$(PYTHON) tests/oracle/make_reference.py tiny tests/oracle/data
+	@$(PYTHON) tests/oracle/make_reference.py families tests/oracle/data
+	@$(PYTHON) tests/oracle/make_reference.py long tests/oracle/data
 
 bench: build
 	@scripts/bench

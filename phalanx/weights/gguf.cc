@@ -250,7 +250,7 @@ class GgufHeaderReader {
     if (!gguf_type_supported(type))
       fail(fmt::format(
                "tensor {} has the type {} ({}), which cannot be imported. Expected F32, F16, BF16, "
-               "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K. Fix: take a file of another "
+               "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K or Q6_K. Fix: take a file of another "
                "quantisation, such as Q8_0 or Q4_K_M",
                tensor.name, gguf_type_name(type), type),
            Code::kUnimplemented);

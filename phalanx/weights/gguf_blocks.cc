@@ -86,6 +86,34 @@ GroupScale group_scale(Bytes scales, int group, float d, float dmin) {
   return {d * static_cast<float>(scale), dmin * static_cast<float>(minimum)};
 }
 
+// 16 bytes of 4-bit scales and minima (one per 16 values), 64 bytes of bit pairs, half d, half dmin
+void q2_k(Bytes p, float* y) {
+  const float d = load_half(p + 80);
+  const float dmin = load_half(p + 82);
+  for (int i = 0; i < 256; ++i) {
+    const int scale = p[i / 16];
+    const int value = p[16 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+    y[i] = d * static_cast<float>(scale & 15) * static_cast<float>(value) -
+           dmin * static_cast<float>(scale >> 4);
+  }
+}
+
+// 32 bytes of third bits (clear: minus 4), 64 bytes of bit pairs, 12 bytes of 6-bit scales less 32
+// (one per 16 values), half d
+void q3_k(Bytes p, float* y) {
+  Bytes scales = p + 96;
+  const float d = load_half(p + 108);
+  for (int i = 0; i < 256; ++i) {
+    const int n = i / 16;
+    const int low = n < 8 ? scales[n] & 15 : scales[n - 8] >> 4;
+    const int high = scales[8 + n % 4] >> (n / 4 * 2) & 3;
+    const int pair = p[32 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+    const int third = p[i % 32] >> (i / 32) & 1;
+    y[i] = d * static_cast<float>((low | high << 4) - 32) *
+           static_cast<float>(pair - (third != 0 ? 0 : 4));
+  }
+}
+
 // half d, half dmin, 12 bytes of scales, 128 bytes; every 32 bytes hold two groups
 void q4_k(Bytes p, float* y) {
   const float d = load_half(p);
@@ -156,6 +184,10 @@ Decode decoder(GgufType type) {
       return q5_1;
     case GgufType::kQ8_0:
       return q8_0;
+    case GgufType::kQ2_K:
+      return q2_k;
+    case GgufType::kQ3_K:
+      return q3_k;
     case GgufType::kQ4_K:
       return q4_k;
     case GgufType::kQ5_K:
@@ -203,6 +235,10 @@ GgufBlock gguf_block(GgufType type) {
       return {32, 24};
     case GgufType::kQ8_0:
       return {32, 34};
+    case GgufType::kQ2_K:
+      return {256, 84};
+    case GgufType::kQ3_K:
+      return {256, 110};
     case GgufType::kQ4_K:
       return {256, 144};
     case GgufType::kQ5_K:

@@ -47,9 +47,10 @@ std::vector<float> llama3_factors(int64_t head_dim, double theta, double factor,
 
 GgufLlama::GgufLlama(const GgufFile& file, DType dtype) : file_(file), dtype_(dtype) {
   architecture_ = file_.text("general.architecture");
-  if (architecture_ != "llama" && architecture_ != "qwen2")
-    fail(fmt::format("general.architecture: found \"{}\", expected \"llama\" or \"qwen2\"",
-                     architecture_),
+  if (architecture_ != "llama" && architecture_ != "qwen2" && architecture_ != "qwen3")
+    fail(fmt::format(
+             "general.architecture: found \"{}\", expected \"llama\", \"qwen2\" or \"qwen3\"",
+             architecture_),
          Code::kUnimplemented);
   read_configuration();
   read_rope_scaling();
@@ -72,10 +73,18 @@ int64_t GgufLlama::positive(const std::string& name, int64_t otherwise) const {
 }
 
 void GgufLlama::read_configuration() {
-  if (file_.integer(key("expert_count"), 0) > 0)
-    fail(fmt::format("{}: found {}; models with experts cannot be imported", key("expert_count"),
-                     file_.integer(key("expert_count"))),
-         Code::kUnimplemented);
+  if (file_.integer(key("expert_count"), 0) != 0) {
+    if (architecture_ != "llama")
+      fail(fmt::format("{}: found {}; of models with experts only those of the architecture llama "
+                       "(Mixtral) can be imported",
+                       key("expert_count"), file_.integer(key("expert_count"))),
+           Code::kUnimplemented);
+    experts_ = positive("expert_count");
+    experts_used_ = positive("expert_used_count");
+    if (experts_used_ > experts_)
+      fail(fmt::format("{}: found {}, expected at most {} = {}", key("expert_used_count"),
+                       experts_used_, key("expert_count"), experts_));
+  }
   layers_ = positive("block_count");
   hidden_ = positive("embedding_length");
   intermediate_ = positive("feed_forward_length");
@@ -117,9 +126,18 @@ void GgufLlama::read_rope_scaling() {
     return;
   }
   if (type == "none" || factor == 1.0) return;
+  if (type == "yarn") {
+    rope_scaling_ =
+        ordered_json{{"rope_type", "yarn"},
+                     {"factor", factor},
+                     {"original_max_position_embeddings",
+                      positive("rope.scaling.original_context_length")}}
+            .dump();
+    return;
+  }
   if (type != "linear")
-    fail(fmt::format("{}: found \"{}\", expected \"none\" or \"linear\"", key("rope.scaling.type"),
-                     type),
+    fail(fmt::format("{}: found \"{}\", expected \"none\", \"linear\" or \"yarn\"",
+                     key("rope.scaling.type"), type),
          Code::kUnimplemented);
   rope_scaling_ = ordered_json{{"rope_type", "linear"}, {"factor", factor}}.dump();
 }
@@ -152,17 +170,53 @@ void GgufLlama::read_rope_factors(const GgufTensor& factors) {
           .dump();
 }
 
+void GgufLlama::add(std::set<std::string>& taken, const std::string& name,
+                    const std::string& gguf_name, std::vector<int64_t> shape, int64_t heads) {
+  const GgufTensor* tensor = file_.find_tensor(gguf_name);
+  if (tensor == nullptr) fail(fmt::format("tensor {} is missing", gguf_name));
+  if (tensor->shape != shape)
+    fail(fmt::format("tensor {}: found shape [{}], expected [{}] from the metadata", gguf_name,
+                     fmt::join(tensor->shape, ", "), fmt::join(shape, ", ")));
+  taken.insert(gguf_name);
+  sources_.push_back({{name, dtype_, std::move(shape)}, tensor, heads});
+}
+
+// The experts lie in one tensor of each kind, or, in old files, in one per expert.
+void GgufLlama::map_experts(const std::string& to, const std::string& from,
+                            std::set<std::string>& taken) {
+  add(taken, to + "gate.weight", from + "ffn_gate_inp.weight", {experts_, hidden_});
+  struct Kind {
+    const char* name;
+    const char* gguf_name;
+    int64_t rows;
+    int64_t cols;
+  };
+  for (const Kind& kind : {Kind{"w1", "ffn_gate", intermediate_, hidden_},
+                           Kind{"w2", "ffn_down", hidden_, intermediate_},
+                           Kind{"w3", "ffn_up", intermediate_, hidden_}}) {
+    const std::string all = fmt::format("{}{}_exps.weight", from, kind.gguf_name);
+    const bool stacked = file_.find_tensor(all) != nullptr;
+    if (stacked) {
+      add(taken, "", all, {experts_, kind.rows, kind.cols});
+      sources_.pop_back();
+    }
+    for (int64_t e = 0; e < experts_; ++e) {
+      const std::string name = fmt::format("{}experts.{}.{}.weight", to, e, kind.name);
+      if (stacked)
+        sources_.push_back({{name, dtype_, {kind.rows, kind.cols}}, file_.find_tensor(all), 0,
+                            e * kind.rows});
+      else
+        add(taken, name, fmt::format("{}{}.{}.weight", from, kind.gguf_name, e),
+            {kind.rows, kind.cols});
+    }
+  }
+}
+
 void GgufLlama::map_tensors() {
   std::set<std::string> taken{"rope_freqs.weight"};
   const auto add = [&](const std::string& name, const std::string& gguf_name,
                        std::vector<int64_t> shape, int64_t heads = 0) {
-    const GgufTensor* tensor = file_.find_tensor(gguf_name);
-    if (tensor == nullptr) fail(fmt::format("tensor {} is missing", gguf_name));
-    if (tensor->shape != shape)
-      fail(fmt::format("tensor {}: found shape [{}], expected [{}] from the metadata", gguf_name,
-                       fmt::join(tensor->shape, ", "), fmt::join(shape, ", ")));
-    taken.insert(gguf_name);
-    sources_.push_back({{name, dtype_, std::move(shape)}, tensor, heads});
+    this->add(taken, name, gguf_name, std::move(shape), heads);
   };
   const GgufTensor* embedding = file_.find_tensor("token_embd.weight");
   if (embedding == nullptr) fail("tensor token_embd.weight is missing");
@@ -170,12 +224,14 @@ void GgufLlama::map_tensors() {
   tied_ = file_.find_tensor("output.weight") == nullptr;
   bias_ = file_.find_tensor("blk.0.attn_q.bias") != nullptr;
   output_bias_ = file_.find_tensor("blk.0.attn_output.bias") != nullptr;
-  if (architecture_ == "llama" && bias_ != output_bias_)
+  if ((architecture_ == "llama" || architecture_ == "qwen3") && bias_ != output_bias_)
     fail(
         "biases of q, k and v without one of the output projection (or the reverse) cannot be "
         "expressed",
         Code::kUnimplemented);
 
+  if (experts_ > 0 && bias_)
+    fail("biases of a model with experts cannot be expressed", Code::kUnimplemented);
   const bool permuted = architecture_ == "llama";
   const int64_t query = heads_ * head_dim_;
   const int64_t kv = kv_heads_ * head_dim_;
@@ -197,6 +253,14 @@ void GgufLlama::map_tensors() {
     }
     if (output_bias_) add(to + "self_attn.o_proj.bias", from + "attn_output.bias", {hidden_});
     add(to + "post_attention_layernorm.weight", from + "ffn_norm.weight", {hidden_});
+    if (architecture_ == "qwen3") {
+      add(to + "self_attn.q_norm.weight", from + "attn_q_norm.weight", {head_dim_});
+      add(to + "self_attn.k_norm.weight", from + "attn_k_norm.weight", {head_dim_});
+    }
+    if (experts_ > 0) {
+      map_experts(to + "block_sparse_moe.", from, taken);
+      continue;
+    }
     add(to + "mlp.gate_proj.weight", from + "ffn_gate.weight", {intermediate_, hidden_});
     add(to + "mlp.up_proj.weight", from + "ffn_up.weight", {intermediate_, hidden_});
     add(to + "mlp.down_proj.weight", from + "ffn_down.weight", {hidden_, intermediate_});
@@ -238,18 +302,25 @@ void put_ids(ordered_json& out, const GgufFile& file, const std::vector<int64_t>
 }  // namespace
 
 std::string GgufLlama::config_json() const {
-  const bool llama = architecture_ == "llama";
+  const bool llama = architecture_ == "llama" && experts_ == 0;
   const std::string_view dtype = dtype_ == DType::kF32   ? "float32"
                                  : dtype_ == DType::kF16 ? "float16"
                                                          : "bfloat16";
   ordered_json out;
-  out["architectures"] = {llama ? "LlamaForCausalLM" : "Qwen2ForCausalLM"};
-  out["model_type"] = architecture_;
+  out["architectures"] = {experts_ > 0               ? "MixtralForCausalLM"
+                          : llama                    ? "LlamaForCausalLM"
+                          : architecture_ == "qwen2" ? "Qwen2ForCausalLM"
+                                                     : "Qwen3ForCausalLM"};
+  out["model_type"] = experts_ > 0 ? "mixtral" : architecture_;
   if (llama) {
     out["attention_bias"] = bias_;
     out["mlp_bias"] = false;
     out["pretraining_tp"] = 1;
+  } else if (experts_ > 0) {
+    out["num_local_experts"] = experts_;
+    out["num_experts_per_tok"] = experts_used_;
   } else {
+    if (architecture_ == "qwen3") out["attention_bias"] = bias_;
     out["use_sliding_window"] = false;
   }
   out["attention_dropout"] = 0.0;
@@ -305,7 +376,7 @@ void GgufLlama::write_tensor(const Source& source, SafetensorsWriter& out,
   const GgufTensor& tensor = *source.tensor;
   const bool vector = tensor.shape.size() == 1;
   const int64_t row = vector ? 1 : tensor.row_elements();
-  const int64_t rows = vector ? tensor.row_elements() : tensor.rows();
+  const int64_t rows = vector ? tensor.row_elements() : source.entry.shape.front();
   const int64_t half = source.heads > 0 ? rows / source.heads / 2 : 0;
   // A permuted tensor goes in whole heads.
   const int64_t unit = source.heads > 0 ? 2 * half : 1;
@@ -316,7 +387,7 @@ void GgufLlama::write_tensor(const Source& source, SafetensorsWriter& out,
   for (int64_t first = 0; first < rows; first += step) {
     const int64_t count = std::min(step, rows - first);
     const std::span<float> values(read.data(), static_cast<size_t>(count * row));
-    file_.read_rows(tensor, vector ? 0 : first, values);
+    file_.read_rows(tensor, vector ? 0 : source.first + first, values);
     std::span<const float> result = values;
     if (source.heads > 0) {
       // Stored row 2 i + s of a head is Hugging Face's row s * half + i.

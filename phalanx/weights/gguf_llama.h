@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -11,7 +12,8 @@
 
 namespace phalanx::weights {
 
-// A GGUF file of the architectures llama and qwen2 as a Hugging Face checkpoint. Everything is
+// A GGUF file of the architectures llama (with experts: Mixtral), qwen2 and qwen3 as a Hugging Face
+// checkpoint. Everything is
 // verified at construction: every tensor that the configuration asks for is there in its shape, and
 // none is left over. Refers to the file, which must outlive it.
 //
@@ -20,7 +22,7 @@ namespace phalanx::weights {
 class GgufLlama {
  public:
   // `dtype`: of the written tensors; kF32, kF16 or kBF16. Throws kInvalidArgument or kUnimplemented
-  // (another architecture, experts, scaling that config.json cannot express), naming key or tensor.
+  // (another architecture, scaling that config.json cannot express), naming key or tensor.
   GgufLlama(const GgufFile& file, tensor::DType dtype);
 
   [[nodiscard]] std::string config_json() const;
@@ -38,7 +40,8 @@ class GgufLlama {
   struct Source {
     NewTensor entry;
     const GgufTensor* tensor;
-    int64_t heads;  // 0: not permuted
+    int64_t heads;      // 0: not permuted
+    int64_t first = 0;  // row of the tensor; of one expert among all
   };
   [[noreturn]] void fail(const std::string& what, Code code = Code::kInvalidArgument) const;
   [[nodiscard]] std::string key(const std::string& name) const {
@@ -50,6 +53,10 @@ class GgufLlama {
   void read_rope_scaling();
   void read_rope_factors(const GgufTensor& factors);
   void map_tensors();
+  void map_experts(const std::string& to, const std::string& from,
+                   std::set<std::string>& taken);
+  void add(std::set<std::string>& taken, const std::string& name, const std::string& gguf_name,
+           std::vector<int64_t> shape, int64_t heads = 0);
   void write_tensor(const Source& source, SafetensorsWriter& out,
                     const std::function<void(int64_t)>& advance) const;
   [[nodiscard]] std::vector<int64_t> end_ids() const;
@@ -59,6 +66,7 @@ class GgufLlama {
   std::string architecture_;
   int64_t layers_ = 0, hidden_ = 0, intermediate_ = 0, heads_ = 0, kv_heads_ = 0, head_dim_ = 0;
   int64_t vocab_ = 0, context_length_ = 0;
+  int64_t experts_ = 0, experts_used_ = 0;  // 0: none
   float rms_norm_eps_ = 0, rope_theta_ = 0;
   bool tied_ = false, bias_ = false, output_bias_ = false;
   std::string rope_scaling_;  // JSON text, "null" without

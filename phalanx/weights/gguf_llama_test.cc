@@ -260,8 +260,15 @@ TEST_F(GgufLlamaTest, WhatDoesNotFitIsNamed) {
             "tensor blk.0.attn_q.weight: found shape [16, 4], expected [8, 8] from the metadata");
   file = tiny();
   file.u32("llama.expert_count", 8);
-  EXPECT_EQ(error_of(file, Code::kUnimplemented),
-            "llama.expert_count: found 8; models with experts cannot be imported");
+  EXPECT_NE(error_of(file, Code::kInvalidArgument).find("llama.expert_used_count"),
+            std::string::npos);
+  file.u32("llama.expert_used_count", 9);
+  EXPECT_EQ(error_of(file, Code::kInvalidArgument),
+            "llama.expert_used_count: found 9, expected at most llama.expert_count = 8");
+  file = tiny("qwen2");
+  file.u32("qwen2.expert_count", 8);
+  EXPECT_NE(error_of(file, Code::kUnimplemented).find("only those of the architecture llama"),
+            std::string::npos);
   file = tiny();
   file.u32("llama.rope.dimension_count", 2);
   EXPECT_NE(error_of(file, Code::kUnimplemented).find("partial rotation cannot be imported"),
@@ -271,6 +278,85 @@ TEST_F(GgufLlamaTest, WhatDoesNotFitIsNamed) {
                    GgufBytes::number<uint32_t>(0);
   EXPECT_EQ(error_of(file, Code::kInvalidArgument),
             "llama.block_count: found 0, expected 1 to 16777216");
+}
+
+// A tiny file with three experts instead of an MLP.
+GgufBytes with_experts(bool stacked) {
+  GgufBytes file = tiny();
+  file.u32("llama.expert_count", 3);
+  file.u32("llama.expert_used_count", 2);
+  const GgufBytes plain = file;
+  file.tensors.clear();
+  for (const GgufBytes::Tensor& t : plain.tensors) {
+    if (t.name.find("blk.0.ffn_gate.") == 0 || t.name.find("blk.0.ffn_up.") == 0 ||
+        t.name.find("blk.0.ffn_down.") == 0)
+      continue;
+    std::vector<float> data(t.data.size() / sizeof(float));
+    std::memcpy(data.data(), t.data.data(), t.data.size());
+    file.tensor(t.name, {t.dimensions.rbegin(), t.dimensions.rend()}, data);
+  }
+  file.tensor("blk.0.ffn_gate_inp.weight", {3, kHidden}, values(3, kHidden, 200));
+  for (const auto& [name, rows, columns, tensor] :
+       {std::tuple{"ffn_gate", kIntermediate, kHidden, 300.0F},
+        {"ffn_down", kHidden, kIntermediate, 400.0F},
+        {"ffn_up", kIntermediate, kHidden, 500.0F}}) {
+    if (stacked) {
+      file.tensor(fmt::format("blk.0.{}_exps.weight", name), {3, rows, columns},
+                  values(3 * rows, columns, tensor));
+      continue;
+    }
+    const auto all = values(3 * rows, columns, tensor);
+    for (int64_t e = 0; e < 3; ++e)
+      file.tensor(fmt::format("blk.0.{}.{}.weight", name, e), {rows, columns},
+                  {all.begin() + e * rows * columns, all.begin() + (e + 1) * rows * columns});
+  }
+  return file;
+}
+
+TEST_F(GgufLlamaTest, ExpertsBecomeThoseOfMixtral) {
+  for (const bool stacked : {true, false}) {
+    const GgufBytes bytes = with_experts(stacked);
+    const auto json = config(bytes);
+    EXPECT_EQ(json["model_type"], "mixtral");
+    EXPECT_EQ(json["architectures"][0], "MixtralForCausalLM");
+    EXPECT_EQ(json["num_local_experts"], 3);
+    EXPECT_EQ(json["num_experts_per_tok"], 2);
+    const GgufFile file = open(bytes);
+    GgufLlama(file, tensor::DType::kF32).write_weights(dir_, 1 << 30, [](int64_t) {});
+    auto tensors = read_back("model.safetensors");
+    EXPECT_EQ(tensors.size(), 8U + 1U + 9U);
+    const std::string block = "model.layers.0.block_sparse_moe.";
+    EXPECT_EQ(tensors[block + "gate.weight"], values(3, kHidden, 200));
+    for (int64_t e = 0; e < 3; ++e) {
+      const std::string expert = fmt::format("{}experts.{}.", block, e);
+      EXPECT_EQ(tensors[expert + "w1.weight"],
+                values(kIntermediate, kHidden, 300.0F + static_cast<float>(e * kIntermediate)));
+      EXPECT_EQ(tensors[expert + "w2.weight"],
+                values(kHidden, kIntermediate, 400.0F + static_cast<float>(e * kHidden)));
+      EXPECT_EQ(tensors[expert + "w3.weight"],
+                values(kIntermediate, kHidden, 500.0F + static_cast<float>(e * kIntermediate)));
+    }
+  }
+}
+
+TEST_F(GgufLlamaTest, Qwen3HasNormsAndYarn) {
+  GgufBytes bytes = tiny("qwen3");
+  bytes.text("qwen3.rope.scaling.type", "yarn");
+  bytes.f32("qwen3.rope.scaling.factor", 4);
+  bytes.u32("qwen3.rope.scaling.original_context_length", 64);
+  bytes.tensor("blk.0.attn_q_norm.weight", {kHeadDim}, values(1, kHeadDim, 600));
+  bytes.tensor("blk.0.attn_k_norm.weight", {kHeadDim}, values(1, kHeadDim, 700));
+  const auto json = config(bytes);
+  EXPECT_EQ(json["model_type"], "qwen3");
+  EXPECT_EQ(json["rope_scaling"]["rope_type"], "yarn");
+  EXPECT_EQ(json["rope_scaling"]["factor"], 4.0);
+  EXPECT_EQ(json["rope_scaling"]["original_max_position_embeddings"], 64);
+  const GgufFile file = open(bytes);
+  GgufLlama(file, tensor::DType::kF32).write_weights(dir_, 1 << 30, [](int64_t) {});
+  auto tensors = read_back("model.safetensors");
+  EXPECT_EQ(tensors["model.layers.0.self_attn.q_norm.weight"], values(1, kHeadDim, 600));
+  // Not permuted, unlike llama's.
+  EXPECT_EQ(tensors["model.layers.0.self_attn.k_proj.weight"], values(kHeadDim, kHidden, 30));
 }
 
 TEST_F(GgufLlamaTest, ValuesBeyondHalfAreRefused) {

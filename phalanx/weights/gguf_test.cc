@@ -26,7 +26,7 @@ TEST(GgufBlocks, EqualTheReferenceBitForBit) {
   const std::map<std::string, GgufType> types{
       {"F32", GgufType::kF32},   {"F16", GgufType::kF16},   {"BF16", GgufType::kBF16},
       {"Q4_0", GgufType::kQ4_0}, {"Q4_1", GgufType::kQ4_1}, {"Q5_0", GgufType::kQ5_0},
-      {"Q5_1", GgufType::kQ5_1}, {"Q8_0", GgufType::kQ8_0}, {"Q4_K", GgufType::kQ4_K},
+      {"Q5_1", GgufType::kQ5_1}, {"Q8_0", GgufType::kQ8_0}, {"Q2_K", GgufType::kQ2_K}, {"Q3_K", GgufType::kQ3_K}, {"Q4_K", GgufType::kQ4_K},
       {"Q5_K", GgufType::kQ5_K}, {"Q6_K", GgufType::kQ6_K}};
   std::ifstream file(path);
   std::string name, stored, expected;
@@ -186,7 +186,7 @@ TEST_F(Gguf, BadTensorsAreRefused) {
   EXPECT_EQ(error_of(with([](auto& t) { t.type = 17; }), Code::kUnimplemented),
             "tensor vector has the type IQ2_XS (17), which cannot be imported. Expected F32, F16, "
             "BF16, Q4_0, "
-            "Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K. Fix: take a file of another quantisation, "
+            "Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K or Q6_K. Fix: take a file of another quantisation, "
             "such as "
             "Q8_0 or Q4_K_M");
   EXPECT_NE(error_of(with([](auto& t) { t.type = 4000000000U; }), Code::kUnimplemented)
