@@ -254,6 +254,23 @@ void make_single_node_table(const std::string& path, NodeConfig& config, Problem
   config.table = std::move(table);
 }
 
+// moe_ep x moe_tp must be all ranks; without moe_ep, moe_tp alone.
+void check_experts(const NodeConfig& config, const ParallelRequest& parallel, Problems& problems) {
+  const int64_t ranks = config.model.world_size;
+  const int64_t ep = parallel.moe_ep.value_or(1);
+  const int64_t tp = parallel.moe_tp.value_or(ep > 0 && ranks % ep == 0 ? ranks / ep : 0);
+  if (ep * tp == ranks) return;
+  problems.add({.what = parallel.moe_ep ? "World size must equal to MoE's ep_size * MoE's tp_size"
+                                        : "World size must equal to MoE's tp_size",
+                .where = fmt::format("{}: BackendConfig.ModelDeployConfig.ModelConfig[0].{}",
+                                     config.config_path, parallel.moe_ep ? "moe_ep" : "moe_tp"),
+                .found = parallel.moe_tp ? fmt::format("moe_ep {} x moe_tp {}", ep, tp)
+                                         : fmt::format("moe_ep {}", ep),
+                .expected = fmt::format("a product of {}, the number of all ranks", ranks),
+                .fix = "remove \"moe_ep\" and \"moe_tp\": every rank then computes its part of "
+                       "every expert"});
+}
+
 void check_ranks(const NodeConfig& config, const ParallelRequest& parallel,
                  const WeightFacts& facts, const std::string& where, Problems& problems) {
   const int64_t ranks = config.model.world_size;
@@ -264,6 +281,7 @@ void check_ranks(const NodeConfig& config, const ParallelRequest& parallel,
                   .found = std::to_string(*parallel.tp),
                   .expected = std::to_string(ranks),
                   .fix = fmt::format("remove \"tp\", or write \"tp\": {}", ranks)});
+  check_experts(config, parallel, problems);
   const bool multi = config.backend.multi_nodes;
   const std::string source = multi ? "the rank table" : where;
   if (ranks > kMostRanks)
@@ -444,6 +462,7 @@ NodeConfig examine_node_config(const ServeArguments& arguments, const Environmen
                                       config.config_path)
                         : "--tp",
               problems);
+  config.model.moe_ep = parallel.moe_ep.value_or(1);
 
   config.model.max_input_tokens =
       std::min(config.model.max_input_tokens, std::max<int64_t>(1, config.model.max_sequence - 1));

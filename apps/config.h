@@ -54,6 +54,7 @@ struct ModelConfig {
   std::string tool_call_parser;     // a registered name; empty: the family's own
   bool enable_reasoning = false;
   std::vector<std::string> aliases;  // other names that requests may use
+  int64_t moe_ep = 1;  // runs of neighbouring ranks that hold whole experts
 };
 
 struct ScheduleConfig {

@@ -120,8 +120,7 @@ void read_server(const json& object, Reading& reading) {
   section.finish();
 }
 
-// One of the parallel degrees of which this version knows only "off". -1 and 1 (and, for moe_tp,
-// what equals all ranks) mean off.
+// One of the parallel degrees of which this version knows only "off". -1 and 1 mean off.
 void only_off(ConfigSection& section, std::string_view key, std::string_view name) {
   int64_t degree = -1;
   if (!section.integer(key, Need::kOptional, {INT32_MIN, INT32_MAX}, degree)) return;
@@ -194,20 +193,25 @@ void read_model_entry(const json& object, Reading& reading) {
         fmt::format("{}: true has no effect: code in a model directory is never executed",
                     section.where("trustRemoteCode")));
 
-  int64_t tp = -1;
-  if (section.integer("tp", Need::kOptional, {INT32_MIN, INT32_MAX}, tp) && tp != -1) {
-    if (tp < 1)
-      section.problem("tp", "value out of range", std::to_string(tp),
-                      "the number of all ranks, or no such key", "remove \"tp\"");
+  const auto degree = [&](std::string_view key, std::string_view expected,
+                          std::optional<int64_t>& target) {
+    int64_t value = -1;
+    if (!section.integer(key, Need::kOptional, {INT32_MIN, INT32_MAX}, value) || value == -1) return;
+    if (value < 1)
+      section.problem(key, "value out of range", std::to_string(value),
+                      fmt::format("{}, or no such key", expected),
+                      fmt::format("remove \"{}\"", key));
     else
-      reading.parallel.tp = tp;
-  }
+      target = value;
+  };
+  degree("tp", "the number of all ranks", reading.parallel.tp);
+  degree("moe_ep", "the number of runs of ranks that hold whole experts", reading.parallel.moe_ep);
+  degree("moe_tp", "the number of ranks that share an expert", reading.parallel.moe_tp);
   only_off(section, "dp", "data");
   only_off(section, "cp", "context");
   only_off(section, "sp", "sequence");
   only_off(section, "pp", "pipeline");
-  only_off(section, "moe_ep", "expert");
-  section.without_effect({"moe_tp", "microbatch_size", "plugin_params", "speculationGamma",
+  section.without_effect({"microbatch_size", "plugin_params", "speculationGamma",
                           "async_scheduler_wait_time", "kv_trans_timeout", "kv_link_timeout",
                           "ignore_eos"});
 

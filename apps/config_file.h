@@ -12,6 +12,8 @@ namespace phalanx::apps {
 // What ModelConfig[0] asks for and only the rank table can answer.
 struct ParallelRequest {
   std::optional<int64_t> tp;  // "tp"; absent: all ranks
+  std::optional<int64_t> moe_tp;
+  std::optional<int64_t> moe_ep;
 };
 
 // Reads the text of config.json into `config` (server, backend, model, schedule, ignored,

@@ -41,9 +41,49 @@ struct Shape {
   int64_t vocab = 49152;
   int64_t positions = 131072;
   bool untied = false;
+  std::string family = "llama";
+  int64_t experts = 8;            // mixtral, deepseek_v3
+  int64_t experts_per_token = 2;
+  int64_t expert_intermediate = 0;  // 0: intermediate
   std::string dtype = "bfloat16";
   uint64_t seed = 1;
 };
+
+// DeepSeek V3's ranks and head widths.
+constexpr int64_t kQRank = 1536;
+constexpr int64_t kKvRank = 512;
+constexpr int64_t kNope = 128;  // also of values
+constexpr int64_t kRope = 64;
+
+// What config.json of a family says beyond LLaMA's keys.
+json family_keys(const Shape& s) {
+  if (s.family == "mixtral")
+    return {{"model_type", "mixtral"},
+            {"architectures", {"MixtralForCausalLM"}},
+            {"intermediate_size", s.expert_intermediate},
+            {"num_local_experts", s.experts},
+            {"num_experts_per_tok", s.experts_per_token}};
+  if (s.family == "deepseek_v3")
+    return {{"model_type", "deepseek_v3"},
+            {"architectures", {"DeepseekV3ForCausalLM"}},
+            {"num_key_value_heads", s.heads},
+            {"head_dim", kRope},
+            {"q_lora_rank", kQRank},
+            {"kv_lora_rank", kKvRank},
+            {"qk_nope_head_dim", kNope},
+            {"qk_rope_head_dim", kRope},
+            {"v_head_dim", kNope},
+            {"n_routed_experts", s.experts},
+            {"num_experts_per_tok", s.experts_per_token},
+            {"moe_intermediate_size", s.expert_intermediate},
+            {"n_shared_experts", 1},
+            {"n_group", 1},
+            {"topk_group", 1},
+            {"first_k_dense_replace", 1},
+            {"norm_topk_prob", true},
+            {"routed_scaling_factor", 2.5}};
+  return json::object();
+}
 
 struct RandomTensor {
   std::string name;
@@ -64,17 +104,51 @@ std::vector<RandomTensor> tensors_of(const Shape& s) {
   };
   const double head_scale = 3.0 / std::sqrt(static_cast<double>(s.hidden));
   add("model.embed_tokens.weight", {s.vocab, s.hidden}, s.untied ? 1.0 : head_scale);
+  const auto mlp = [&](const std::string& name, int64_t intermediate, const char* gate,
+                       const char* up, const char* down) {
+    linear(name + gate, intermediate, s.hidden);
+    linear(name + up, intermediate, s.hidden);
+    linear(name + down, s.hidden, intermediate);
+  };
   for (int64_t i = 0; i < s.layers; ++i) {
     const std::string layer = fmt::format("model.layers.{}.", i);
     add(layer + "input_layernorm.weight", {s.hidden}, 0);
+    if (s.family == "deepseek_v3") {
+      const std::string attention = layer + "self_attn.";
+      linear(attention + "q_a_proj", kQRank, s.hidden);
+      add(attention + "q_a_layernorm.weight", {kQRank}, 0);
+      linear(attention + "q_b_proj", s.heads * (kNope + kRope), kQRank);
+      linear(attention + "kv_a_proj_with_mqa", kKvRank + kRope, s.hidden);
+      add(attention + "kv_a_layernorm.weight", {kKvRank}, 0);
+      linear(attention + "kv_b_proj", s.heads * (kNope + kNope), kKvRank);
+      linear(attention + "o_proj", s.hidden, s.heads * kNope);
+      add(layer + "post_attention_layernorm.weight", {s.hidden}, 0);
+      if (i == 0) {
+        mlp(layer + "mlp.", s.intermediate, "gate_proj", "up_proj", "down_proj");
+        continue;
+      }
+      linear(layer + "mlp.gate", s.experts, s.hidden);
+      add(layer + "mlp.gate.e_score_correction_bias", {s.experts}, 0.1);
+      for (int64_t e = 0; e < s.experts; ++e)
+        mlp(fmt::format("{}mlp.experts.{}.", layer, e), s.expert_intermediate, "gate_proj",
+            "up_proj", "down_proj");
+      mlp(layer + "mlp.shared_experts.", s.expert_intermediate, "gate_proj", "up_proj",
+          "down_proj");
+      continue;
+    }
     linear(layer + "self_attn.q_proj", s.heads * s.head_dim, s.hidden);
     linear(layer + "self_attn.k_proj", s.kv_heads * s.head_dim, s.hidden);
     linear(layer + "self_attn.v_proj", s.kv_heads * s.head_dim, s.hidden);
     linear(layer + "self_attn.o_proj", s.hidden, s.heads * s.head_dim);
     add(layer + "post_attention_layernorm.weight", {s.hidden}, 0);
-    linear(layer + "mlp.gate_proj", s.intermediate, s.hidden);
-    linear(layer + "mlp.up_proj", s.intermediate, s.hidden);
-    linear(layer + "mlp.down_proj", s.hidden, s.intermediate);
+    if (s.family == "mixtral") {
+      linear(layer + "block_sparse_moe.gate", s.experts, s.hidden);
+      for (int64_t e = 0; e < s.experts; ++e)
+        mlp(fmt::format("{}block_sparse_moe.experts.{}.", layer, e), s.expert_intermediate, "w1",
+            "w3", "w2");
+      continue;
+    }
+    mlp(layer + "mlp.", s.intermediate, "gate_proj", "up_proj", "down_proj");
   }
   add("model.norm.weight", {s.hidden}, 0);
   if (s.untied) add("lm_head.weight", {s.vocab, s.hidden}, head_scale);
@@ -233,6 +307,18 @@ int make_random_model(int argc, char** argv) {
   app.add_option("--vocab", shape.vocab)->check(CLI::Range(int64_t{1}, int64_t{1} << 24))->capture_default_str();
   app.add_option("--positions", shape.positions)->check(CLI::Range(int64_t{1}, int64_t{1} << 24))->capture_default_str();
   app.add_flag("--untied", shape.untied, "a head of its own");
+  app.add_option("--family", shape.family, "with experts: mixtral, deepseek_v3")
+      ->check(CLI::IsMember({"llama", "mixtral", "deepseek_v3"}))
+      ->capture_default_str();
+  app.add_option("--experts", shape.experts, "of mixtral and deepseek_v3")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  app.add_option("--experts-per-token", shape.experts_per_token)
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  app.add_option("--expert-intermediate", shape.expert_intermediate,
+                 "of each expert; --intermediate unless given")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
   app.add_option("--dtype", shape.dtype)
       ->check(CLI::IsMember({"bfloat16", "float16", "float32"}))
       ->capture_default_str();
@@ -241,6 +327,7 @@ int make_random_model(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   try {
     if (shape.head_dim == 0) shape.head_dim = shape.hidden / shape.heads;
+    if (shape.expert_intermediate == 0) shape.expert_intermediate = shape.intermediate;
     const int64_t begin_ns = now_ns();
     fs::create_directories(directory);
     json config = {{"model_type", "llama"},
@@ -260,6 +347,7 @@ int make_random_model(int argc, char** argv) {
                    {"mlp_bias", false},
                    {"tie_word_embeddings", !shape.untied},
                    {"torch_dtype", shape.dtype}};
+    config.update(family_keys(shape));
     if (!tokenizer.empty()) config.update(copy_tokenizer(tokenizer, directory));
     write_weights(shape, directory + "/model.safetensors");
     // Last, so that a directory with a config.json is whole.

@@ -41,6 +41,7 @@ models::ModelOptions model_options(const NodeConfig& config, const NodePlan& pla
           .max_sequence = config.model.max_sequence,
           .block_size = config.schedule.cache_block_size,
           .weights = plan.weights,
+          .moe_ep = config.model.moe_ep,
           .rank = rank,
           .threads = plan.threads_per_rank};
 }
@@ -94,7 +95,7 @@ NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
   models::check_checkpoint(config.model.weight_path);
   for (int rank = 0; rank < config.table.world_size; ++rank)
     plan.weights.push_back(config.table.device_of_rank(rank).weight);
-  plan.layout = models::plan_layout(plan.info, plan.weights);
+  plan.layout = models::plan_layout(plan.info, plan.weights, config.model.moe_ep);
   // Prompts longer than this are prefilled in pieces; the result does not depend on it.
   constexpr int64_t kMostStepTokens = 2048;
   plan.max_step_tokens = std::max(std::min(config.schedule.max_prefill_tokens, kMostStepTokens),

@@ -25,6 +25,7 @@ json to_json(const RankSpec& s) {
           {"max_sequence", s.model.max_sequence},
           {"block_size", s.model.block_size},
           {"weights", s.model.weights},
+          {"moe_ep", s.model.moe_ep},
           {"rank", s.model.rank},
           {"vocab_size", s.vocab_size},
           {"max_blocks", s.max_blocks},
@@ -44,6 +45,7 @@ RankSpec rank_spec_from_json(const json& j) {
   s.model.max_sequence = j.at("max_sequence").get<int64_t>();
   s.model.block_size = j.at("block_size").get<int64_t>();
   s.model.weights = j.at("weights").get<std::vector<double>>();
+  s.model.moe_ep = j.at("moe_ep").get<int64_t>();
   s.model.rank = j.at("rank").get<int>();
   s.vocab_size = j.at("vocab_size").get<int64_t>();
   s.max_blocks = j.at("max_blocks").get<int64_t>();

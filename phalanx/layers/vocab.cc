@@ -21,6 +21,7 @@ Vocab::Vocab(WeightPlan& plan, const Shape& shape, std::span<const Range> cut, D
   const Range take = cut[static_cast<size_t>(rank)];
   if (!tied_) embedding_ = plan.rows({shape.embedding, shape.vocab, shape.hidden, take});
   head_ = plan.linear({{tied_ ? shape.embedding : shape.head, shape.vocab, shape.hidden, take}});
+  if (!shape.bias.empty()) bias_ = plan.vector({{shape.bias, shape.vocab, 0, take}});
 }
 
 void Vocab::embed(ops::Context& ctx, comm::Group& group, std::span<const int32_t> tokens,
@@ -66,7 +67,7 @@ void Vocab::embed(ops::Context& ctx, comm::Group& group, std::span<const int32_t
 void Vocab::head(ops::Context& ctx, comm::Group& group, const MatrixView& x,
                  const MatrixView& logits) const {
   if (head_.rows > 0)
-    ops::linear(ctx, x, head_, nullptr, rank_ == 0 ? columns_.own(logits) : logits);
+    ops::linear(ctx, x, head_, bias_, rank_ == 0 ? columns_.own(logits) : logits);
   columns_.gather_to_first(group, logits);
 }
 

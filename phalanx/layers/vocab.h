@@ -18,6 +18,7 @@ class Vocab {
     int64_t vocab = 0;
     int64_t hidden = 0;
     bool tied = false;
+    std::string bias;  // of the head; empty: none
   };
   // cut: rows of each rank. max_tokens: largest T of embed.
   Vocab(WeightPlan& plan, const Shape& shape, std::span<const Range> cut, DType dtype,
@@ -48,6 +49,7 @@ class Vocab {
   bool tied_;
   MatrixView embedding_;    // own rows as stored, unless tied
   ops::PackedLinear head_;  // own rows
+  const float* bias_ = nullptr;
   CutColumns columns_;
   std::vector<int32_t> place_;           // of each token in the exchange
   std::vector<int64_t> next_;            // per rank: next place

@@ -18,6 +18,9 @@ constexpr int64_t kMaxStep = 1 << 14;
 void read_experts(const ConfigReader& reader, DecoderConfig& config, std::string_view count_key,
                   std::string_view per_token_key) {
   Experts& experts = config.info.experts;
+  // transformers 5 writes num_local_experts for every family.
+  constexpr std::string_view kCommon = "num_local_experts";
+  if (!reader.has(count_key) && reader.has(kCommon)) count_key = kCommon;
   experts.count = reader.integer(count_key, 1, ops::kMaxExperts);
   experts.per_token = reader.integer(per_token_key, 1, ops::kMaxExperts);
   if (experts.per_token > experts.count) {

@@ -131,7 +131,8 @@ DecoderLayers::DecoderLayers(layers::WeightPlan& plan, const DecoderConfig& conf
              .head = "lm_head.weight",
              .vocab = config.info.vocab_size,
              .hidden = config.info.hidden_size,
-             .tied = config.info.tied_embeddings},
+             .tied = config.info.tied_embeddings,
+             .bias = config.info.head_bias ? "lm_head.bias" : ""},
             ranges(layout, &RankLayout::vocab_rows), config.info.dtype, max_step_tokens, rank) {
   const ModelInfo& info = config.info;
   const auto heads = ranges(layout, &RankLayout::query_heads);

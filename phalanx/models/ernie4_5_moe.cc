@@ -10,6 +10,7 @@ DecoderConfig read_ernie4_5_moe(const ConfigReader& config) {
   result.info.qkv_bias = bias;
   result.info.output_bias = bias;
   result.info.mlp_bias = bias;
+  result.info.head_bias = bias;
   result.rotary.interleaved = true;
   read_experts(config, result, "moe_num_experts", "moe_k");
   Experts& experts = result.info.experts;

@@ -166,7 +166,7 @@ std::vector<Feature> features() {
       {"yarn", "scaling", [](C& c) { c.rotary.type = Rotary::kDefault; }},
       {"yarn", "attention_factor", [](C& c) { c.rotary.attention_factor = 1.0; }},
       {"yarn", "factor", [](C& c) { c.rotary.factor = 4.0; }},
-      {"yarn", "beta_fast", [](C& c) { c.rotary.beta_fast = 4.0; }},
+      {"yarn", "beta_slow", [](C& c) { c.rotary.beta_slow = 0.01; }},
       {"dynamic", "scaling", [](C& c) { c.rotary.type = Rotary::kDefault; }},
       {"dynamic", "factor", [](C& c) { c.rotary.factor = 2.0; }},
       {"qwen2", "qkv_bias", [](C& c) { c.info.qkv_bias = false; }},
@@ -181,10 +181,12 @@ std::vector<Feature> features() {
       {"mixtral", "normalise", [](C& c) { c.routing.normalise = false; }},
       {"mixtral", "per_token", [](C& c) { c.info.experts.per_token = 1; }},
       {"mixtral_fused", "window", [](C& c) { set_window(c, 0); }},
-      {"mixtral_fused", "gate_before_up",
-       [](C& c) { std::swap(c.info.experts.gate, c.info.experts.up); }},
       {"qwen2_moe", "shared_gate", [](C& c) { c.info.experts.shared_gate = false; }},
-      {"qwen2_moe", "shared_expert", [](C& c) { c.info.experts.shared_intermediate_size = 0; }},
+      {"qwen2_moe", "shared_expert",
+       [](C& c) {
+         c.info.experts.shared_gate = false;
+         c.info.experts.shared_intermediate_size = 0;
+       }},
       {"qwen2_moe", "not_normalised", [](C& c) { c.routing.normalise = true; }},
       {"qwen3_moe", "normalise", [](C& c) { c.routing.normalise = false; }},
       {"qwen3_moe", "qk_norm", [](C& c) { c.info.qk_norm = false; }},
@@ -214,6 +216,7 @@ std::vector<Feature> features() {
       {"ernie4_5_moe", "softmax", [](C& c) { c.routing.score = Score::kSigmoid; }},
       {"ernie4_5_moe", "normalise", [](C& c) { c.routing.normalise = false; }},
       {"ernie4_5_moe", "bias", [](C& c) { c.info.mlp_bias = false; }},
+      {"ernie4_5_moe", "head_bias", [](C& c) { c.info.head_bias = false; }},
       {"ernie4_5_moe", "interleaved", [](C& c) { c.rotary.interleaved = false; }},
   };
   return all;

@@ -60,6 +60,7 @@ struct ModelInfo {
   bool qkv_bias = false;     // of the q, k and v projections
   bool output_bias = false;  // of the attention's output projection
   bool mlp_bias = false;
+  bool head_bias = false;    // of lm_head
   bool qk_norm = false;      // RMS norm over each head of q and k
   LatentAttention latent;
   Experts experts;
