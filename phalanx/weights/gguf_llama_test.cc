@@ -210,8 +210,15 @@ TEST_F(GgufLlamaTest, RopeScaling) {
   GgufBytes other = tiny();
   other.text("llama.rope.scaling.type", "yarn");
   other.f32("llama.rope.scaling.factor", 4);
-  EXPECT_EQ(error_of(other, Code::kUnimplemented),
-            "llama.rope.scaling.type: found \"yarn\", expected \"none\" or \"linear\"");
+  EXPECT_NE(error_of(other, Code::kInvalidArgument)
+                .find("llama.rope.scaling.original_context_length"),
+            std::string::npos);
+  GgufBytes longrope = tiny();
+  longrope.text("llama.rope.scaling.type", "longrope");
+  longrope.f32("llama.rope.scaling.factor", 4);
+  EXPECT_EQ(error_of(longrope, Code::kUnimplemented),
+            "llama.rope.scaling.type: found \"longrope\", expected \"none\", \"linear\" or "
+            "\"yarn\"");
 }
 
 TEST_F(GgufLlamaTest, Qwen2HasBiasesAndNoPermutation) {
@@ -246,7 +253,7 @@ TEST_F(GgufLlamaTest, BiasesOfLlamaArePermuted) {
 
 TEST_F(GgufLlamaTest, WhatDoesNotFitIsNamed) {
   EXPECT_EQ(error_of(tiny("mamba"), Code::kUnimplemented),
-            "general.architecture: found \"mamba\", expected \"llama\" or \"qwen2\"");
+            "general.architecture: found \"mamba\", expected \"llama\", \"qwen2\" or \"qwen3\"");
   GgufBytes file = tiny();
   file.tensors.pop_back();
   EXPECT_EQ(error_of(file, Code::kInvalidArgument), "tensor output_norm.weight is missing");
