@@ -99,6 +99,12 @@ Secret PrivateKey::pem(std::string_view password) const {
   return Secret(std::string_view(data, static_cast<size_t>(size)));
 }
 
+bool matches(const Certificate& certificate, const PrivateKey& key) {
+  const bool same = X509_check_private_key(certificate.native(), key.native()) == 1;
+  ERR_clear_error();
+  return same;
+}
+
 Authority Authority::create(const std::string& common_name, PrivateKey key, int64_t not_before,
                             int64_t not_after) {
   const X509Ptr x509 = blank(key, not_before, not_after);
@@ -118,12 +124,10 @@ Authority::Authority(Certificate certificate, PrivateKey key)
   if (!certificate_.info().authority)
     throw Error(Code::kFailedPrecondition,
                 certificate_.info().subject + " is not the certificate of an authority");
-  if (X509_check_private_key(certificate_.native(), key_.native()) != 1) {
-    ERR_clear_error();
+  if (!matches(certificate_, key_))
     throw Error(Code::kFailedPrecondition,
                 "the authority's key does not match its certificate " +
                     certificate_.info().subject);
-  }
 }
 
 Certificate Authority::issue(const CertificateOrder& order, const PrivateKey& key) const {

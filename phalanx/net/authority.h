@@ -31,6 +31,9 @@ class PrivateKey {
   std::shared_ptr<evp_pkey_st> key_;
 };
 
+// Whether the key is the certificate's.
+[[nodiscard]] bool matches(const Certificate& certificate, const PrivateKey& key);
+
 // What a new certificate shall say.
 struct CertificateOrder {
   std::string common_name;

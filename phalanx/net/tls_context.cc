@@ -127,6 +127,8 @@ TlsContext::TlsContext(std::shared_ptr<const TlsMaterial> material, Options opti
 
 const TlsMaterial& TlsContext::material() const { return *state_->material; }
 
+TlsContext::Side TlsContext::side() const { return state_->options.side; }
+
 std::string refusal(const ssl_st* connection) {
   const auto* text = static_cast<const std::string*>(SSL_get_ex_data(connection, refusal_index()));
   return text != nullptr ? *text : std::string();

@@ -34,6 +34,7 @@ class TlsContext {
   // Owned by this object: take a reference of your own (SSL_CTX_up_ref) to keep it.
   [[nodiscard]] ssl_ctx_st* native() const { return context_.get(); }
   [[nodiscard]] const TlsMaterial& material() const;
+  [[nodiscard]] Side side() const;
 
  private:
   struct State;

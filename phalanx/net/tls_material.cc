@@ -158,6 +158,18 @@ std::shared_ptr<const TlsMaterial> TlsMaterial::load(const TlsFiles& files, cons
   return problems.list().size() == before ? material : nullptr;
 }
 
+std::shared_ptr<const TlsMaterial> TlsMaterial::of(const Certificate& certificate,
+                                                   const PrivateKey& key,
+                                                   std::vector<Certificate> authorities) {
+  auto material = std::shared_ptr<TlsMaterial>(new TlsMaterial);
+  material->chain_ = {certificate};
+  EVP_PKEY_up_ref(key.native());
+  material->key_.reset(key.native(), EVP_PKEY_free);
+  material->verifier_ =
+      std::make_unique<PeerVerifier>(PeerVerifier::Options{.authorities = std::move(authorities)});
+  return material;
+}
+
 std::string TlsMaterial::chain_pem() const {
   std::string text;
   for (const Certificate& certificate : chain_) text += certificate.pem();

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "phalanx/base/error.h"
+#include "phalanx/net/authority.h"
 #include "phalanx/net/certificate.h"
 #include "phalanx/net/password_file.h"
 #include "phalanx/net/peer_verifier.h"
@@ -43,6 +44,11 @@ class TlsMaterial {
                                                                const TlsNeeds& needs,
                                                                Problems& problems,
                                                                Problems& warnings);
+
+  // From memory, without files, checks and revocation lists. For benches.
+  [[nodiscard]] static std::shared_ptr<const TlsMaterial> of(const Certificate& certificate,
+                                                             const PrivateKey& key,
+                                                             std::vector<Certificate> authorities);
 
   [[nodiscard]] const TlsFiles& files() const { return files_; }
   [[nodiscard]] const std::vector<Certificate>& chain() const { return chain_; }
