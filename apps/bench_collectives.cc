@@ -11,6 +11,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <memory>
 #include <thread>
@@ -20,6 +21,7 @@
 #include "phalanx/base/clock.h"
 #include "phalanx/base/error.h"
 #include "phalanx/comm/bootstrap.h"
+#include "phalanx/net/tls_material.h"
 
 using phalanx::Code;
 using phalanx::Deadline;
@@ -38,6 +40,7 @@ struct Settings {
   std::vector<int64_t> sizes;
   std::vector<std::string> transports;
   bool cut = true;
+  std::shared_ptr<const phalanx::net::TlsMaterial> tls;
 };
 
 // What the processes of one run share.
@@ -48,6 +51,7 @@ struct Board {
   std::atomic<int> joined{0};  // 1: the networks are joined
   std::atomic<int> ports[kMaxRanks];
   std::atomic<int> raw_ports[kMaxRanks];
+  std::atomic<int> tls_ports[kMaxRanks];
 };
 
 template <typename Ready>
@@ -156,6 +160,60 @@ void against_floor(Group& group, Floor& floor, const Settings& settings, const s
       std::fflush(stdout);
     }
   }
+}
+
+// The same operations on links in clear and under TLS 1.3.
+void cost_of_tls(Group& clear, Group& tls, const Settings& settings, const std::string& name) {
+  if (clear.rank() == 0)
+    fmt::print(
+        "\nThe cost of TLS 1.3, {} ranks, {}. Medians in us.\n"
+        "{:>9} | {:>10} {:>10} {:>6} | {:>10} {:>10} {:>6}\n",
+        clear.size(), name, "bytes", "all_gather", "under TLS", "ratio", "all_reduce", "under TLS",
+        "ratio");
+  for (const int64_t bytes : settings.sizes) {
+    std::vector<std::byte> matrix(static_cast<size_t>(clear.size()) * bytes);
+    std::vector<float> values(bytes / 4);
+    const std::vector<int64_t> row_bytes(clear.size(), bytes);
+    const auto write_block = [&] {
+      std::memset(matrix.data() + clear.rank() * bytes, clear.rank() + 1, bytes);
+    };
+    const auto write_values = [&] {
+      std::fill(values.begin(), values.end(), static_cast<float>(clear.rank() + 1));
+    };
+    const auto result =
+        measure({{write_block, [&] { clear.all_gather(matrix.data(), 1, row_bytes); }},
+                 {write_block, [&] { tls.all_gather(matrix.data(), 1, row_bytes); }},
+                 {write_values, [&] { clear.all_reduce(values); }},
+                 {write_values, [&] { tls.all_reduce(values); }}},
+                turns_for(bytes), settings.rounds);
+    if (values.back() != static_cast<float>(clear.size() * (clear.size() + 1) / 2))
+      throw Error(Code::kDataLoss, "bench: wrong sum");
+    if (clear.rank() == 0) {
+      fmt::print("{:>9} | {:>10.2f} {:>10.2f} {:>6.2f} | {:>10.2f} {:>10.2f} {:>6.2f}\n",
+                 size_text(bytes), result[0], result[1], result[1] / result[0], result[2],
+                 result[3], result[3] / result[2]);
+      std::fflush(stdout);
+    }
+  }
+}
+
+// A certificate for the addresses of every rank, of an authority that nobody else knows.
+std::shared_ptr<const phalanx::net::TlsMaterial> bench_certificate() {
+  using namespace phalanx::net;
+  const int64_t now = std::time(nullptr);
+  const auto authority = Authority::create("bench", PrivateKey::make(PrivateKey::Kind::kEcP256),
+                                           now - 3600, now + 86400);
+  CertificateOrder order{.common_name = "bench",
+                         .for_server = true,
+                         .for_client = true,
+                         .not_before = now - 3600,
+                         .not_after = now + 86400};
+  for (int rank = 0; rank < kMaxRanks; ++rank) {
+    order.addresses.push_back(network_address(rank));
+    order.addresses.push_back(fmt::format("127.0.0.{}", rank + 1));
+  }
+  const auto key = PrivateKey::make(PrivateKey::Kind::kEcP256);
+  return TlsMaterial::of(authority.issue(order, key), key, {authority.certificate()});
 }
 
 // out += in, both bf16, rounded to nearest even.
@@ -268,12 +326,15 @@ void run_rank(const Settings& settings, const std::string& transport, int rank, 
                                .host = fmt::format("bench-{}", other),
                                .data_address = addresses.back()});
   }
-  UniqueFd listener, raw_listener;
+  UniqueFd listener, raw_listener, tls_listener;
+  GroupOptions under_tls;
   std::vector<uint16_t> raw_ports;
   if (!shm) {
     uint16_t port = 0;
     raw_listener = listen_on(addresses[rank], 0, 0, &port);
     board.raw_ports[rank].store(port);
+    tls_listener = listen_on(addresses[rank], 0, 0, &port);
+    board.tls_ports[rank].store(port);
     listener = listen_on(addresses[rank], 0, 0, &port);
     board.ports[rank].store(port);
     for (int other = 0; other < settings.ranks; ++other) {
@@ -281,6 +342,10 @@ void run_rank(const Settings& settings, const std::string& transport, int rank, 
       options.members[other].data_port = static_cast<uint16_t>(board.ports[other].load());
       raw_ports.push_back(static_cast<uint16_t>(board.raw_ports[other].load()));
     }
+    under_tls = options;
+    under_tls.tls = settings.tls;
+    for (int other = 0; other < settings.ranks; ++other)
+      under_tls.members[other].data_port = static_cast<uint16_t>(board.tls_ports[other].load());
   }
   std::unique_ptr<Floor> floor;
   if (shm) {
@@ -295,6 +360,11 @@ void run_rank(const Settings& settings, const std::string& transport, int rank, 
                            : transport == "veth" ? "TCP over veth between network namespaces"
                                                  : "TCP over loopback";
   against_floor(*group, *floor, settings, name);
+  if (!shm) {
+    const auto encrypted = form_group(under_tls, tls_listener.get(), -1);
+    cost_of_tls(*group, *encrypted, settings, name);
+    encrypted->barrier();
+  }
   if (settings.cut) compare_cuts(*group, settings, name);
   group->barrier();
 }
@@ -397,6 +467,7 @@ int bench_collectives(int argc, char** argv) {
                     fmt::format("--transport: found \"{}\", expected shm, tcp or veth", transport));
       settings.transports.push_back(transport);
     }
+    settings.tls = bench_certificate();
     bool good = true;
     for (const std::string& transport : settings.transports)
       good = run_transport(settings, transport) && good;

@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <sched.h>
 #include <sys/socket.h>
@@ -90,10 +89,10 @@ TcpFloor::TcpFloor(int listener, const std::vector<std::string>& addresses,
       received_(ports.size()),
       blocks_(ports.size()),
       sources_(ports.size()) {
-  const int on = 1;
   for (int peer = 0; peer < rank; ++peer) {
     SocketAddress target = parse_address(addresses[peer], ports[peer]);
     UniqueFd fd(::socket(target.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    phalanx::comm::tune_data_socket(fd.get());
     if (::connect(fd.get(), target.get(), target.size) != 0) fail("connect");
     if (::send(fd.get(), &rank, sizeof rank, MSG_NOSIGNAL) != sizeof rank) fail("send");
     peers_[peer] = std::move(fd);
@@ -112,7 +111,7 @@ TcpFloor::TcpFloor(int listener, const std::vector<std::string>& addresses,
   }
   for (const UniqueFd& fd : peers_) {
     if (!fd.valid()) continue;
-    ::setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    phalanx::comm::tune_data_socket(fd.get());
     ::fcntl(fd.get(), F_SETFL, ::fcntl(fd.get(), F_GETFL) | O_NONBLOCK);
   }
 }

@@ -11,6 +11,10 @@
 #include "phalanx/base/unique_fd.h"
 #include "phalanx/comm/group.h"
 
+namespace phalanx::net {
+class TlsMaterial;
+}
+
 namespace phalanx::comm {
 
 // Where a rank of the group lives and how it is reached.
@@ -29,6 +33,9 @@ struct GroupOptions {
   int rank = 0;                    // own rank
   uint64_t generation = 0;         // in every hello and frame
   Token token{};                   // checked before any frame is parsed
+  // Links between nodes run under TLS 1.3: each side shows this certificate, and the peer's must
+  // name its data_address and, if it names a role, an inter-node one. Null: links in the clear.
+  std::shared_ptr<const net::TlsMaterial> tls;
   double connect_seconds = 120;    // forming the group
   double operation_seconds = 120;  // cap for one collective
   int spin_us = 50;                // then futex or poll

@@ -8,6 +8,7 @@
 
 #include "phalanx/base/sanitizer.h"
 #include "phalanx/comm/test_ranks.h"
+#include "phalanx/net/testing_certificates.h"
 
 namespace phalanx::comm {
 namespace {
@@ -122,13 +123,27 @@ std::vector<int64_t> uneven(int size, int64_t unit, int variant) {
 struct Layout {
   const char* name;
   std::vector<int> node_of;
+  bool tls = false;
 };
+
+// One certificate of all addresses that test ranks have; made once, keys are dear under sanitisers.
+std::shared_ptr<const net::TlsMaterial> certificate_for_all() {
+  static net::TestCertificates certificates;
+  static const auto material = [] {
+    auto order = net::TestCertificates::order("127.0.0.1", "");
+    for (int node = 2; node <= 8; ++node)
+      order.addresses.push_back(fmt::format("127.0.0.{}", node));
+    return certificates.material(order);
+  }();
+  return material;
+}
 void PrintTo(const Layout& layout, std::ostream* out) { *out << layout.name; }
 
 class GroupTest : public ::testing::TestWithParam<Layout> {
  protected:
   void everywhere(const std::function<void(Group&)>& body) {
     TestRanks ranks(GetParam().node_of);
+    if (GetParam().tls) ranks.encrypt(certificate_for_all());
     const auto outcomes = ranks.run(body);
     for (const auto& outcome : outcomes)
       if (outcome.error) ADD_FAILURE() << outcome.error->what();
@@ -226,12 +241,15 @@ std::vector<Layout> layouts() {
                              {"ThreeOnOneNode", {0, 0, 0}},
                              {"ThreeNodes", {0, 1, 2}},
                              {"TwoAndOne", {0, 0, 1}},
+                             {"TwoNodesTls", {0, 1}, true},
+                             {"TwoAndOneTls", {0, 0, 1}, true},
                              {"OneAndThree", {0, 1, 1, 1}},
                              {"TwoByTwo", {0, 0, 1, 1}},
                              {"Interleaved", {0, 1, 0, 1}},
                              {"FiveUneven", {1, 0, 0, 2, 0}}};
   if (kThreadSanitizer) return all;
   all.insert(all.end(), {{"FiveNodes", {0, 1, 2, 3, 4}},
+                         {"FourNodesTls", {0, 1, 2, 3}, true},
                          {"SixUneven", {0, 0, 0, 1, 1, 2}},
                          {"SevenUneven", {0, 1, 1, 2, 2, 2, 0}},
                          {"EightOnOneNode", {0, 0, 0, 0, 0, 0, 0, 0}},

@@ -13,6 +13,7 @@
 #include "phalanx/base/error.h"
 #include "phalanx/comm/bootstrap.h"
 #include "phalanx/comm/shm/node_memory.h"
+#include "phalanx/net/tls_material.h"
 
 namespace phalanx::comm {
 
@@ -53,6 +54,8 @@ class TestRanks {
     return options;
   }
   GroupOptions& shared_options() { return options_; }
+  // Links under TLS, with a certificate for all nodes' addresses; `tls` is kept by options().
+  void encrypt(std::shared_ptr<const net::TlsMaterial> tls) { options_.tls = std::move(tls); }
   [[nodiscard]] int listener(int rank) const { return listeners_[rank].get(); }
   [[nodiscard]] int memory(int rank) const { return memories_[node_of_[rank]].get(); }
 

@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
 
@@ -11,11 +10,14 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <optional>
 
 #include "phalanx/base/log.h"
 #include "phalanx/comm/tcp/address.h"
 #include "phalanx/comm/tcp/hello.h"
 #include "phalanx/comm/tcp/tcp_link.h"
+#include "phalanx/comm/tcp/tls_link.h"
+#include "phalanx/net/tls_material.h"
 
 namespace phalanx::comm {
 
@@ -33,17 +35,55 @@ std::string errno_text(int error) {
   return fmt::format("{} (errno {})", std::strerror(error), error);
 }
 
-void prepare(int fd) {
-  const int on = 1;
-  ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-}
+// A socket, in clear or under TLS, until it is a link. Moves bytes as Link does.
+struct Pipe {
+  UniqueFd clear;
+  std::unique_ptr<net::TlsStream> tls;
+  bool wants_write = false;  // during the handshake
+
+  [[nodiscard]] int fd() const { return tls ? tls->fd() : clear.get(); }
+  [[nodiscard]] bool open() const { return fd() >= 0; }
+  void close() {
+    clear.reset();
+    tls.reset();
+  }
+  // True when bytes may flow. Throws nothing: a failure leaves the stream failed.
+  net::TlsStream::State shake() {
+    const auto state = tls->handshake();
+    wants_write = state == net::TlsStream::State::kWantsWrite;
+    return state;
+  }
+  // All of a few bytes, which an empty socket buffer always takes.
+  bool send_all(const void* bytes, size_t size) {
+    if (!tls)
+      return ::send(clear.get(), bytes, size, MSG_NOSIGNAL | MSG_DONTWAIT) ==
+             static_cast<ssize_t>(size);
+    const iovec run{const_cast<void*>(bytes), size};
+    return tls->send_some({&run, 1}) == static_cast<int64_t>(size);
+  }
+  // Bytes, 0 for "not now", -1 for a failure (errno is 0 at an orderly end).
+  int64_t recv_some(void* bytes, size_t size) {
+    if (tls) {
+      const iovec run{bytes, size};
+      return tls->recv_some({&run, 1});
+    }
+    const ssize_t count = ::recv(clear.get(), bytes, size, MSG_DONTWAIT);
+    if (count > 0) return count;
+    if (count < 0 && (errno == EAGAIN || errno == EINTR)) return 0;
+    if (count == 0) errno = 0;
+    return -1;
+  }
+  [[nodiscard]] std::string why() const {
+    return tls ? tls->why() : errno == 0 ? std::string() : errno_text(errno);
+  }
+};
 
 // A connection of this rank to a lower one, until it is a link.
 struct Outgoing {
-  enum class Stage { kWaiting, kConnecting, kSendingHello, kAwaitingReply, kDone };
+  enum class Stage { kWaiting, kConnecting, kHandshake, kSendingHello, kAwaitingReply, kDone };
   int peer = 0;
   Stage stage = Stage::kWaiting;
-  UniqueFd fd;
+  Pipe pipe;
   Clock::time_point next_try{};
   std::chrono::milliseconds retry = kFirstRetry;
   std::string problem = "not tried yet";
@@ -53,7 +93,8 @@ struct Outgoing {
 
 // A connection somebody made to the listener, until it has proved itself.
 struct Incoming {
-  UniqueFd fd;
+  Pipe pipe;
+  bool shaken = false;  // the handshake is over, or there is none
   Clock::time_point until{};
   Hello hello;
   size_t received = 0;
@@ -85,6 +126,23 @@ class Mesh {
                   fmt::format("group: {} needs a listener, because higher ranks of other nodes "
                               "connect to it",
                               topology.names[options.rank]));
+    if (options.tls != nullptr) {
+      // Which node a certificate must be of: that of the rank it connects to or claims to be, so
+      // it is asked when that is known; here only that it is a certificate between nodes.
+      const auto identity = [](const net::CertificateInfo& peer) -> std::string {
+        const std::string role = peer.role();
+        if (role.empty() || role.starts_with("inter-node")) return {};
+        return fmt::format("certificate of the peer, {}: certificate is of another role: found {}, "
+                           "expected inter-node",
+                           net::who(peer), role);
+      };
+      const auto refused = [this](const std::string& sentence) { warn("refused: " + sentence); };
+      server_.emplace(options.tls, net::TlsContext::Options{.side = net::TlsContext::Side::kServer,
+                                                            .identity = identity,
+                                                            .refused = refused});
+      client_.emplace(options.tls, net::TlsContext::Options{.side = net::TlsContext::Side::kClient,
+                                                            .identity = identity});
+    }
     if (listener >= 0) ::fcntl(listener, F_SETFL, ::fcntl(listener, F_GETFL) | O_NONBLOCK);
   }
 
@@ -135,14 +193,18 @@ class Mesh {
     polled_.clear();
     polled_.push_back({listener_, POLLIN, 0});  // a negative descriptor is skipped by poll()
     for (const Outgoing& out : outgoing_) {
+      const bool shaking = out.stage == Outgoing::Stage::kHandshake;
       const bool writing = out.stage == Outgoing::Stage::kConnecting ||
-                           out.stage == Outgoing::Stage::kSendingHello;
-      const bool open = writing || out.stage == Outgoing::Stage::kAwaitingReply;
-      polled_.push_back({open ? out.fd.get() : -1, static_cast<short>(writing ? POLLOUT : POLLIN),
+                           out.stage == Outgoing::Stage::kSendingHello ||
+                           (shaking && out.pipe.wants_write);
+      const bool open = writing || shaking || out.stage == Outgoing::Stage::kAwaitingReply;
+      polled_.push_back({open ? out.pipe.fd() : -1, static_cast<short>(writing ? POLLOUT : POLLIN),
                          0});
     }
     const size_t handshakes = incoming_.size();
-    for (const Incoming& in : incoming_) polled_.push_back({in.fd.get(), POLLIN, 0});
+    for (const Incoming& in : incoming_)
+      polled_.push_back(
+          {in.pipe.fd(), static_cast<short>(in.pipe.wants_write ? POLLOUT : POLLIN), 0});
     for (const auto& link : links_) polled_.push_back({link ? link->fd() : -1, POLLRDHUP, 0});
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(wake - Clock::now()).count();
     if (::poll(polled_.data(), polled_.size(), static_cast<int>(std::max<int64_t>(left, 0))) <= 0)
@@ -154,7 +216,7 @@ class Mesh {
     for (size_t i = 0; i < handshakes; ++i)
       if (polled_[at + i].revents != 0) hear(incoming_[i]);
     at += handshakes;
-    std::erase_if(incoming_, [](const Incoming& in) { return !in.fd.valid(); });
+    std::erase_if(incoming_, [](const Incoming& in) { return !in.pipe.open(); });
     for (size_t peer = 0; peer < links_.size(); ++peer)
       if (polled_[at + peer].revents != 0 && links_[peer] != nullptr)
         check_link(static_cast<int>(peer));
@@ -162,7 +224,7 @@ class Mesh {
   }
 
   void retry_later(Outgoing& out, std::string problem) {
-    out.fd.reset();
+    out.pipe.close();
     out.problem = std::move(problem);
     out.stage = Outgoing::Stage::kWaiting;
     out.next_try = Clock::now() + out.retry;
@@ -172,12 +234,12 @@ class Mesh {
   void connect(Outgoing& out) {
     const Member& peer = options_.members[out.peer];
     SocketAddress target = parse_address(peer.data_address, peer.data_port);
-    out.fd.reset(
-        ::socket(target.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    if (!out.fd.valid()) return retry_later(out, errno_text(errno));
-    prepare(out.fd.get());
-    bind_to_own_address(out.fd.get(), target.storage.ss_family);
-    if (::connect(out.fd.get(), target.get(), target.size) != 0 && errno != EINPROGRESS)
+    UniqueFd& fd = out.pipe.clear;
+    fd.reset(::socket(target.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    if (!fd.valid()) return retry_later(out, errno_text(errno));
+    tune_data_socket(fd.get());
+    bind_to_own_address(fd.get(), target.storage.ss_family);
+    if (::connect(fd.get(), target.get(), target.size) != 0 && errno != EINPROGRESS)
       return retry_later(out, errno_text(errno));
     out.stage = Outgoing::Stage::kConnecting;
     out.problem = "no answer to the connection yet";
@@ -200,36 +262,55 @@ class Mesh {
     if (out.stage == Outgoing::Stage::kConnecting) {
       int error = 0;
       socklen_t size = sizeof error;
-      ::getsockopt(out.fd.get(), SOL_SOCKET, SO_ERROR, &error, &size);
+      ::getsockopt(out.pipe.fd(), SOL_SOCKET, SO_ERROR, &error, &size);
       if (error != 0) return retry_later(out, errno_text(error));
+      out.stage = Outgoing::Stage::kSendingHello;
+      if (client_) {
+        out.pipe.tls = std::make_unique<net::TlsStream>(*client_, std::move(out.pipe.clear));
+        out.stage = Outgoing::Stage::kHandshake;
+        out.problem = "connected, but its TLS handshake has not ended";
+      }
+    }
+    if (out.stage == Outgoing::Stage::kHandshake) {
+      const auto state = out.pipe.shake();
+      if (state == net::TlsStream::State::kFailed)
+        return retry_later(out, handshake_failure(out.pipe.why()));
+      if (state != net::TlsStream::State::kDone) return;
+      const auto peer = out.pipe.tls->peer();
+      if (auto wrong = net::identity_problem(peer->info(),
+                                             {options_.members[out.peer].data_address}, "",
+                                             "certificate of " + topology_.names[out.peer]))
+        return retry_later(out, phalanx::to_string(*wrong));
       out.stage = Outgoing::Stage::kSendingHello;
     }
     if (out.stage == Outgoing::Stage::kSendingHello) {
       Hello hello = expected_;
       hello.sender = static_cast<uint32_t>(options_.rank);
       hello.receiver = static_cast<uint32_t>(out.peer);
-      // 64 bytes always fit an empty socket buffer.
-      if (::send(out.fd.get(), &hello, sizeof hello, MSG_NOSIGNAL) != sizeof hello)
-        return retry_later(out, errno_text(errno));
+      if (!out.pipe.send_all(&hello, sizeof hello)) return retry_later(out, out.pipe.why());
       out.stage = Outgoing::Stage::kAwaitingReply;
       out.problem = "connected, but it has not answered (not forming the group yet?)";
       return;
     }
     auto* bytes = reinterpret_cast<std::byte*>(&out.reply);
-    const ssize_t count = ::recv(out.fd.get(), bytes + out.received,
-                                 sizeof out.reply - out.received, MSG_DONTWAIT);
-    if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (count < 0) return retry_later(out, errno_text(errno));
-    if (count == 0)
+    const int64_t count =
+        out.pipe.recv_some(bytes + out.received, sizeof out.reply - out.received);
+    if (count == 0) return;
+    if (count < 0) {
+      const std::string why = out.pipe.why();
+      if (out.pipe.tls != nullptr && !out.pipe.tls->closed_quietly())
+        return retry_later(out, handshake_failure(why));
+      if (!why.empty() && out.pipe.tls == nullptr) return retry_later(out, why);
       return retry_later(out, "it closed the connection without an answer (another token or not a "
                               "rank of this group?)");
+    }
     out.received += static_cast<size_t>(count);
     if (out.received < sizeof out.reply) return;
     if (out.reply.magic != Hello::kMagic)
       return retry_later(out, "what listens there does not speak this protocol");
     if (out.reply.verdict != Verdict::kWelcome) refuse(out);
     out.stage = Outgoing::Stage::kDone;
-    adopt(out.peer, std::move(out.fd));
+    adopt(out.peer, std::move(out.pipe));
   }
 
   [[noreturn]] void refuse(const Outgoing& out) const {
@@ -243,6 +324,12 @@ class Mesh {
       case Verdict::kGeneration:
         why = fmt::format("it is in generation {:#x}, this rank in {:#x}", out.reply.generation,
                           options_.generation);
+        break;
+      case Verdict::kIdentity:
+        why = fmt::format("this rank's certificate, {}, is not one of {}. Fix: phalanx certs init "
+                          "with the rank table in use",
+                          net::who(options_.tls->own()),
+                          options_.members[options_.rank].data_address);
         break;
       default:
         why = fmt::format("it is rank {} of {}, this rank is {} of {} and looks for rank {}",
@@ -258,33 +345,55 @@ class Mesh {
     for (size_t i = 0; i < kMaxHandshakes; ++i) {
       UniqueFd fd(::accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
       if (!fd.valid()) return;
-      prepare(fd.get());
+      tune_data_socket(fd.get());
       if (incoming_.size() >= kMaxHandshakes) {
         // A true peer speaks at once, so the oldest silent one is the least likely to be one.
         incoming_.erase(incoming_.begin());
         warn("too many connections that have said nothing; the oldest was closed");
       }
-      incoming_.push_back({std::move(fd), Clock::now() + kHandshake, {}, 0});
-      hear(incoming_.back());
-      if (!incoming_.back().fd.valid()) incoming_.pop_back();
+      Incoming& in = incoming_.emplace_back();
+      in.until = Clock::now() + kHandshake;
+      in.shaken = !server_;
+      if (server_)
+        in.pipe.tls = std::make_unique<net::TlsStream>(*server_, std::move(fd));
+      else
+        in.pipe.clear = std::move(fd);
+      hear(in);
+      if (!in.pipe.open()) incoming_.pop_back();
     }
   }
 
   void hear(Incoming& in) {
+    if (!in.shaken) {
+      const auto state = in.pipe.shake();
+      if (state == net::TlsStream::State::kFailed) {
+        if (!in.pipe.tls->refused()) warn("a TLS handshake failed: " + in.pipe.why());
+        return in.pipe.close();
+      }
+      if (state != net::TlsStream::State::kDone) return;
+      in.shaken = true;
+    }
     auto* bytes = reinterpret_cast<std::byte*>(&in.hello);
-    const ssize_t count =
-        ::recv(in.fd.get(), bytes + in.received, sizeof in.hello - in.received, MSG_DONTWAIT);
-    if (count < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (count <= 0) return in.fd.reset();
+    const int64_t count = in.pipe.recv_some(bytes + in.received, sizeof in.hello - in.received);
+    if (count == 0) return;
+    if (count < 0) return in.pipe.close();
     in.received += static_cast<size_t>(count);
     if (in.received < sizeof in.hello) return;
 
     Verdict verdict = judge(in.hello, expected_);
     if (verdict == Verdict::kStranger) {
       warn("a connection without the token of this group was refused");
-      return in.fd.reset();
+      return in.pipe.close();
     }
     const int peer = static_cast<int>(in.hello.sender);
+    if (verdict == Verdict::kWelcome && in.pipe.tls != nullptr) {
+      if (auto wrong = net::identity_problem(in.pipe.tls->peer()->info(),
+                                             {options_.members[peer].data_address}, "",
+                                             "certificate of " + topology_.names[peer])) {
+        warn("refused: " + phalanx::to_string(*wrong));
+        verdict = Verdict::kIdentity;
+      }
+    }
     if (verdict == Verdict::kWelcome && topology_.node_of[peer] == topology_.node)
       verdict = Verdict::kRank;
     Farewell farewell;
@@ -296,18 +405,30 @@ class Mesh {
     reply.generation = options_.generation;
     reply.rank = static_cast<uint32_t>(options_.rank);
     reply.size = expected_.size;
-    const bool said =
-        ::send(in.fd.get(), &reply, sizeof reply, MSG_NOSIGNAL | MSG_DONTWAIT) == sizeof reply;
+    const bool said = in.pipe.send_all(&reply, sizeof reply);
     if (verdict != Verdict::kWelcome)
       warn(fmt::format("rank {} of version {} and generation {:#x} was refused", in.hello.sender,
                        in.hello.version, in.hello.generation));
-    if (verdict != Verdict::kWelcome || !said) return in.fd.reset();
-    adopt(peer, std::move(in.fd));
+    if (verdict != Verdict::kWelcome || !said) return in.pipe.close();
+    adopt(peer, std::move(in.pipe));
   }
 
-  void adopt(int peer, UniqueFd fd) {
+  void adopt(int peer, Pipe pipe) {
     if (links_[peer] == nullptr) --missing_;
-    links_[peer] = std::make_unique<TcpLink>(std::move(fd), options_.generation);
+    if (pipe.tls != nullptr)
+      links_[peer] = std::make_unique<TlsLink>(std::move(pipe.tls), options_.generation);
+    else
+      links_[peer] = std::make_unique<TcpLink>(std::move(pipe.clear), options_.generation);
+  }
+
+  // The peer judges this rank's certificate after this rank has judged the peer's, so a refusal
+  // shows as an alert.
+  std::string handshake_failure(const std::string& why) const {
+    return fmt::format("TLS handshake failed: {}. This rank's certificate is {}, valid until {}; "
+                       "if the peer refused it, its log says why. Fix: certificates of one authority "
+                       "on all nodes (phalanx certs init), and TLS on or off on all of them",
+                       why, net::who(options_.tls->own()),
+                       net::time_text(options_.tls->own().not_after));
   }
 
   void check_link(int peer) {
@@ -358,6 +479,7 @@ class Mesh {
   Deadline deadline_;
   Watch* watch_;
   Hello expected_;
+  std::optional<net::TlsContext> server_, client_;  // neither: in the clear
   std::vector<std::unique_ptr<Link>> links_;
   std::vector<Outgoing> outgoing_;
   std::vector<Incoming> incoming_;

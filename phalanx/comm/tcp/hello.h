@@ -30,6 +30,7 @@ enum class Verdict : uint32_t {
   kVersion = 2,
   kGeneration = 3,
   kRank = 4,      // not a peer that connects to this rank, or the size of the group differs
+  kIdentity = 5,  // under TLS: the certificate is that of another node
 };
 
 // The answer to a hello whose token was right.

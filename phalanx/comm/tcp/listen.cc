@@ -3,11 +3,13 @@
 #include <ifaddrs.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/socket.h>
 
 #include <cerrno>
 #include <cstring>
 #include <string>
+#include <string_view>
 
 #include "phalanx/base/error.h"
 #include "phalanx/comm/bootstrap.h"
@@ -61,6 +63,19 @@ bool is_own_address(const std::string& address) {
   return fd.valid() && ::bind(fd.get(), own.get(), own.size) == 0;
 }
 
+void tune_data_socket(int fd) {
+  const int on = 1;
+  ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  char name[16] = {};
+  socklen_t size = sizeof name;
+  if (::getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &size) != 0 ||
+      std::string_view(name, 3) != "bbr")
+    return;
+  const std::string_view steady = "reno";  // in every kernel, and open to every user
+  ::setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, steady.data(),
+               static_cast<socklen_t>(steady.size()));
+}
+
 UniqueFd listen_on(const std::string& address, uint16_t port_begin, uint16_t port_end,
                    uint16_t* port) {
   const int first = port_end > 0 ? port_begin : 0;
@@ -75,10 +90,13 @@ UniqueFd listen_on(const std::string& address, uint16_t port_begin, uint16_t por
     SocketAddress target = parse_address(address, static_cast<uint16_t>(candidate));
     UniqueFd fd(::socket(target.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     const int on = 1;
+    // Here already: what it accepts begins as the listener is, and BBR leaves its pacing behind.
+    if (fd.valid()) tune_data_socket(fd.get());
     if (!fd.valid() ||
         // Lets a new generation take a port whose old connections are still in TIME_WAIT.
         ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) != 0 ||
-        ::bind(fd.get(), target.get(), target.size) != 0 || ::listen(fd.get(), SOMAXCONN) != 0 ||
+        ::bind(fd.get(), target.get(), target.size) != 0 ||
+        ::listen(fd.get(), SOMAXCONN) != 0 ||
         ::getsockname(fd.get(), target.get(), &target.size) != 0) {
       failure = errno;
       continue;
