@@ -20,6 +20,10 @@
 #include "phalanx/cluster/rank_table.h"
 #include "phalanx/comm/bootstrap.h"
 
+namespace phalanx::net {
+class TlsMaterial;
+}
+
 namespace phalanx::cluster {
 
 inline constexpr int kControlVersion = 1;
@@ -94,6 +98,8 @@ struct ControlOptions {
   RankTable table;
   int own_server = 0;
   uint16_t port = 1120;                 // multiNodesInferPort, on the master's address
+  // Mutual TLS 1.3: this node's certificate, and how others' are judged. Null: in the clear.
+  std::shared_ptr<const net::TlsMaterial> tls;
   JoinFacts facts;
   NodeOffer offer;
   double join_seconds = 0;              // longest wait for all nodes; 0: for ever, with a line

@@ -1,5 +1,6 @@
 #include "phalanx/cluster/control_client.h"
 
+#include <fmt/format.h>
 #include <grpcpp/grpcpp.h>
 
 #include <condition_variable>
@@ -19,7 +20,9 @@ using control::v1::FromNode;
 
 constexpr size_t kMaxQueued = 256;
 
-std::shared_ptr<grpc::Channel> make_channel(const std::string& address, uint16_t port) {
+std::shared_ptr<grpc::Channel> make_channel(const std::string& address, uint16_t port,
+                                            const ControlSecurity& security,
+                                            std::shared_ptr<RefusalNote> note) {
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   arguments.SetInt(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1);
@@ -29,7 +32,7 @@ std::shared_ptr<grpc::Channel> make_channel(const std::string& address, uint16_t
   arguments.SetMaxReceiveMessageSize(kMaxControlMessageBytes);
   const bool v6 = address.find(':') != std::string::npos;
   return grpc::CreateCustomChannel((v6 ? "ipv6:" : "ipv4:") + net::endpoint(address, port),
-                                   make_credentials().channel, arguments);
+                                   channel_credentials(security, std::move(note)), arguments);
 }
 
 // The last, human part of gRPC's chain of reasons.
@@ -46,13 +49,16 @@ std::string short_reason(std::string text) {
 // One read is outstanding, and a hold keeps OnDone away, until the stream has ended: so sends from
 // any thread are safe until `ended`.
 struct ControlClient::State final : public grpc::ClientBidiReactor<FromNode, FromMaster> {
-  State(const std::string& address, uint16_t port, Handler& handler)
+  State(const std::string& address, uint16_t port, const ControlSecurity& security,
+        Handler& handler)
       : handler(handler),
-        channel(make_channel(address, port)),
+        tls(security.tls),
+        channel(make_channel(address, port, security, note)),
         stub(control::v1::Control::NewStub(channel)) {}
 
   void OnReadDone(bool ok) override {
     if (ok) {
+      answered = true;
       handler.on_message(incoming);
       incoming.Clear();
       StartRead(&incoming);
@@ -79,14 +85,28 @@ struct ControlClient::State final : public grpc::ClientBidiReactor<FromNode, Fro
 
   void OnDone(const grpc::Status& status) override {
     const Code code = status.ok() ? Code::kUnavailable : static_cast<Code>(status.error_code());
-    handler.on_end(code,
-                   status.ok() ? "the stream was closed" : short_reason(status.error_message()));
+    std::string reason =
+        status.ok() ? "the stream was closed" : short_reason(status.error_message());
+    const std::string refused = note->get();
+    // The master judges this node's certificate last, and says nothing when it refuses: it closes.
+    const bool hung_up = tls != nullptr && !answered && !status.ok() &&
+                         reason.find("refused") == std::string::npos;
+    if (hung_up && refused.empty())
+      reason += fmt::format(" (before an answer to the join; if the master refused this node's "
+                            "certificate, {} of {}, valid until {}, its log says why)",
+                            net::who(tls->own()), tls->own().issuer,
+                            net::time_text(tls->own().not_after));
+    handler.on_end(refused.empty() ? code : Code::kPermissionDenied,
+                   refused.empty() ? reason : refused);
     const std::lock_guard lock(mutex);
     done = true;
     cv.notify_all();
   }
 
   Handler& handler;
+  const std::shared_ptr<RefusalNote> note = std::make_shared<RefusalNote>();
+  const std::shared_ptr<const net::TlsMaterial> tls;
+  bool answered = false;  // touched by reads and the end alone
   const std::shared_ptr<grpc::Channel> channel;
   const std::unique_ptr<control::v1::Control::Stub> stub;
   grpc::ClientContext context;
@@ -99,8 +119,9 @@ struct ControlClient::State final : public grpc::ClientBidiReactor<FromNode, Fro
   bool done = false;
 };
 
-ControlClient::ControlClient(const std::string& address, uint16_t port, Handler& handler)
-    : state_(std::make_unique<State>(address, port, handler)) {
+ControlClient::ControlClient(const std::string& address, uint16_t port,
+                             const ControlSecurity& security, Handler& handler)
+    : state_(std::make_unique<State>(address, port, security, handler)) {
   state_->stub->async()->Join(&state_->context, state_.get());
   state_->AddHold();
   state_->StartRead(&state_->incoming);

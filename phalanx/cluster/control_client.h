@@ -6,6 +6,7 @@
 
 #include "phalanx/base/clock.h"
 #include "phalanx/base/error.h"
+#include "phalanx/cluster/credentials.h"
 
 namespace phalanx::control::v1 {
 class FromNode;
@@ -24,11 +25,12 @@ class ControlClient {
     virtual ~Handler() = default;
     virtual void on_message(const control::v1::FromMaster& message) = 0;
     // Once, last: kUnavailable with a short reason ("Connection refused") when the master cannot be
-    // reached or is gone.
+    // reached or is gone; kPermissionDenied when its certificate was refused by this side.
     virtual void on_end(Code code, const std::string& reason) = 0;
   };
   // Starts to connect at once and never retries. Ignores HTTP proxies of the environment.
-  ControlClient(const std::string& address, uint16_t port, Handler& handler);
+  ControlClient(const std::string& address, uint16_t port, const ControlSecurity& security,
+                Handler& handler);
   // Cancels the stream if it is open and waits until gRPC has let go of it.
   ~ControlClient();
 

@@ -10,6 +10,7 @@
 
 #include "control.grpc.pb.h"
 #include "phalanx/base/error.h"
+#include "phalanx/base/log.h"
 #include "phalanx/cluster/credentials.h"
 #include "phalanx/net/address.h"
 
@@ -20,6 +21,8 @@ using control::v1::FromMaster;
 using control::v1::FromNode;
 
 constexpr size_t kMaxQueued = 256;  // a peer that does not read is cut off
+constexpr int kHandshakeMs = 5'000;       // from the connection to HTTP/2's first frame
+constexpr size_t kMemory = 64 << 20;      // of all connections together
 
 }  // namespace
 
@@ -94,7 +97,8 @@ class ControlServer::State::Stream final : public grpc::ServerBidiReactor<FromNo
 
   void OnReadDone(bool ok) override {
     if (ok) {
-      state_.handler.on_message(id_, incoming_);
+      if (!refused_ && incoming_.has_join()) refused_ = !is_node(incoming_.join());
+      if (!refused_) state_.handler.on_message(id_, incoming_);
       incoming_.Clear();
       StartRead(&incoming_);
       return;
@@ -129,6 +133,31 @@ class ControlServer::State::Stream final : public grpc::ServerBidiReactor<FromNo
   }
 
  private:
+  // Whether the certificate of the connection is of the node that the join names. If not the node
+  // is told, and nobody else hears of it.
+  bool is_node(const control::v1::Join& join) {
+    const ControlSecurity& security = state_.options.security;
+    if (security.tls == nullptr || join.server() >= security.table.servers.size()) return true;
+    std::string reason = "the connection has no certificate";
+    const auto pem = context_->auth_context()->FindPropertyValues(GRPC_X509_PEM_CERT_PROPERTY_NAME);
+    if (!pem.empty()) {
+      const auto chain =
+          net::Certificate::parse({pem[0].data(), pem[0].size()}, "certificate of the peer");
+      const auto problem = slave_problem(chain[0].info(), security.table,
+                                         static_cast<int>(join.server()));
+      if (!problem) return true;
+      reason = to_string(*problem);
+    }
+    log_warn("control plane refused a peer that claims to be server_list[{}]: {}", join.server(),
+             reason);
+    FromMaster message;
+    message.mutable_refused()->set_code(static_cast<int>(Code::kPermissionDenied));
+    message.mutable_refused()->set_reason(reason);
+    send(message, false);
+    finish();
+    return false;
+  }
+
   void finish_locked(const grpc::Status& status) {
     if (finished_) return;
     finished_ = true;
@@ -141,6 +170,7 @@ class ControlServer::State::Stream final : public grpc::ServerBidiReactor<FromNo
   std::mutex mutex_;
   grpc::CallbackServerContext* const context_;  // valid until done_
   std::deque<FromMaster> queue_;                // the first is being written
+  bool refused_ = false;  // by is_node(); touched by reads alone
   bool closing_ = false;
   bool finished_ = false;
   bool done_ = false;
@@ -174,12 +204,14 @@ ControlServer::ControlServer(const Options& options, Handler& handler)
   const std::string problem = net::port_problem(options.address, options.port);
   if (problem.empty()) {
     grpc::ServerBuilder builder;
-    builder.AddListeningPort(where, make_credentials().server);
+    builder.AddListeningPort(where, server_credentials(options.security));
     builder.RegisterService(&state_->service);
     builder.SetMaxReceiveMessageSize(kMaxControlMessageBytes);
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 4);
     builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, 30'000);
+    builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, kHandshakeMs);
+    builder.SetResourceQuota(grpc::ResourceQuota("control plane").Resize(kMemory));
     state_->server = builder.BuildAndStart();
   }
   if (!state_->server) {

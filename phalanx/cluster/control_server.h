@@ -5,6 +5,8 @@
 #include <memory>
 #include <string>
 
+#include "phalanx/cluster/credentials.h"
+
 namespace phalanx::control::v1 {
 class FromNode;
 class FromMaster;
@@ -31,6 +33,7 @@ class ControlServer {
     std::string address;        // the only one it binds
     uint16_t port = 0;
     size_t max_streams = 16;    // further ones are refused
+    ControlSecurity security;   // a join is refused unless the certificate is of the node it names
   };
   // Listens at once. Throws Error(kUnavailable) naming endpoint, reason and who holds the port.
   // `handler` must outlive this object.

@@ -50,7 +50,8 @@ Coordinator::State::State(const ControlOptions& given, NodeActions& actions)
   if (nodes.size() > 1) {
     server_owner = std::make_unique<ControlServer>(
         ControlServer::Options{.address = own.name, .port = options.port,
-                               .max_streams = 2 * nodes.size() + 8},
+                               .max_streams = 2 * nodes.size() + 8,
+                               .security = {options.tls, options.table, options.own_server}},
         *this);
     server = server_owner.get();
     log_info("control plane listens on {}", net::endpoint(own.name, options.port));

@@ -130,7 +130,9 @@ void Participant::State::run() {
     inbox.clear();
     ended.reset();
     lock.unlock();
-    client = std::make_unique<ControlClient>(master, options.port, *this);
+    client = std::make_unique<ControlClient>(
+        master, options.port,
+        ControlSecurity{options.tls, options.table, options.own_server}, *this);
     lock.lock();
     const bool joined = wait_welcome(lock);
     if (joined) {
@@ -185,6 +187,8 @@ bool Participant::State::wait_welcome(std::unique_lock<std::mutex>& lock) {
     return !inbox.empty() || ended || leaving || local_fault;
   });
   if (!answered) ended = End{Code::kUnavailable, "no answer to the join"};
+  if (inbox.empty() && ended && ended->code == Code::kPermissionDenied)
+    throw Error(ended->code, fmt::format("this node refused master {}: {}", master, ended->reason));
   if (inbox.empty()) return false;
   const FromMaster answer = inbox.front();
   inbox.pop_front();
