@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <set>
 
+#include "apps/certs_layout.h"
 #include "apps/config_environment.h"
 #include "apps/config_file.h"
 #include "apps/config_security.h"
@@ -32,11 +33,6 @@ constexpr int64_t kLongestOutputWithoutFile = 2048;
 bool is_all_zero(const std::string& address) {
   const auto parsed = net::Address::parse(address);
   return parsed && parsed->is_all_zero();
-}
-
-bool is_loopback(const std::string& address) {
-  const auto parsed = net::Address::parse(address);
-  return parsed && parsed->is_loopback();
 }
 
 std::string executable_home() {
@@ -171,7 +167,8 @@ OwnAddresses own_addresses(const Environment& environment, NodeConfig& config) {
 void add_error(const Error& error, Problems& problems) { problems.add({.what = error.what()}); }
 
 void read_multi_node_table(const std::string& path, const Environment& environment,
-                           NodeConfig& config, Problems& problems) {
+                           NodeConfig& config, Problems& problems, Problems& warnings) {
+  const size_t before = problems.list().size();
   if (path.empty()) {
     problems.add({.what = "multiNodesInferEnabled is true but no rank table is named",
                   .where = "environment variable RANK_TABLE_FILE",
@@ -195,21 +192,42 @@ void read_multi_node_table(const std::string& path, const Environment& environme
     add_error(error, problems);
   }
 
-  std::vector<std::string> remote;
-  for (const cluster::Server& server : config.table.servers)
-    if (!is_loopback(server.address())) remote.push_back(server.address());
-  const bool written = config.backend.inter_node_tls.has_value();
-  const bool asked = written ? *config.backend.inter_node_tls : !remote.empty();
-  if (asked)
-    problems.add(
-        {.what = "this version has no TLS between nodes yet",
-         .where = fmt::format("{}: BackendConfig.interNodeTLSEnabled", config.config_path),
-         .found = written ? "true"
-                          : fmt::format("no such key (the default is true) and addresses that are "
-                                        "not loopback in {}: {}",
-                                        path, fmt::join(remote, ", ")),
-         .expected = "false",
-         .fix = "write \"interNodeTLSEnabled\": false if the nodes' network is trusted"});
+  const InterNodeRequest request{
+      .table = config.table,
+      .own_server = config.own_server,
+      .written = config.backend.inter_node_tls,
+      .how_to_switch_off = fmt::format("\"interNodeTLSEnabled\": false in BackendConfig of {}",
+                                       config.config_path),
+      .data_plane = config.data_plane,
+      .table_path = path,
+      .home = config.home,
+      .certs = config.certs};
+  if (problems.list().size() == before)
+    config.inter_node =
+        load_inter_node_tls(request, config.backend.inter_node_keys, problems, warnings);
+}
+
+// The files of the HTTPS planes that lie below the install directory are taken from --certs instead.
+void use_certs_folder(NodeConfig& config) {
+  const std::string own = config.table.servers[static_cast<size_t>(config.own_server)].address();
+  const std::string folder = security_home(config.home, config.certs, own);
+  const std::string old = (fs::path(config.home) / "").string();
+  const auto move = [&](std::string& path) {
+    if (path.starts_with(old)) path = (fs::path(folder) / path.substr(old.size())).string();
+  };
+  ServerConfig& server = config.server;
+  net::TlsFiles* planes[] = {&server.business_tls, &server.management_tls, &server.metrics_tls};
+  for (size_t i = 0; i < std::size(planes); ++i) {
+    net::TlsFiles& files = *planes[i];
+    for (std::string* path : {&files.certificate, &files.key, &files.key_password,
+                              &files.key_store.master, &files.key_store.standby})
+      move(*path);
+    for (std::string& path : files.authorities) move(path);
+    for (std::string& path : files.crls) move(path);
+    // A list at its default place is used though it is not named, as in the install directory.
+    const fs::path list = fs::path(folder) / kPlanes[i + 1].revocations;
+    if (files.crls.empty() && fs::exists(list)) files.crls.push_back(list.string());
+  }
 }
 
 // One server with worldSize ranks; a set RANK_TABLE_FILE must agree with that.
@@ -400,6 +418,7 @@ NodeConfig examine_node_config(const ServeArguments& arguments, const Environmen
                                Problems& problems, Problems& warnings) {
   NodeConfig config;
   config.home = find_home(environment);
+  config.certs = arguments.certs;
   ParallelRequest parallel;
   const bool from_file = arguments.model.empty();
   config.model.aliases = arguments.aliases;
@@ -453,9 +472,10 @@ NodeConfig examine_node_config(const ServeArguments& arguments, const Environmen
 
   const std::string table_path = rank_table_path(environment, config);
   if (config.backend.multi_nodes)
-    read_multi_node_table(table_path, environment, config, problems);
+    read_multi_node_table(table_path, environment, config, problems, warnings);
   else
     make_single_node_table(table_path, config, problems);
+  if (!config.certs.empty() && !config.table.servers.empty()) use_certs_folder(config);
   check_ranks(config, parallel, facts,
               from_file ? fmt::format("{}: BackendConfig.ModelDeployConfig.ModelConfig[0]"
                                       ".worldSize",

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "apps/config_inter_node.h"
 #include "phalanx/base/error.h"
 #include "phalanx/cluster/rank_table.h"
 #include "phalanx/net/tls_material.h"
@@ -39,6 +40,7 @@ struct BackendConfig {
   bool multi_nodes = false;  // multiNodesInferEnabled
   int multi_nodes_port = 1120;
   std::optional<bool> inter_node_tls;  // interNodeTLSEnabled as written, if written
+  InterNodeKeys inter_node_keys;
   int64_t tokenizer_threads = 8;
   std::vector<std::vector<int>> device_ids;
 };
@@ -77,6 +79,9 @@ struct NodeConfig {
   double npu_memory_fraction = 0.8;            // NPU_MEMORY_FRACTION
   double connect_timeout_s = 0;                // HCCL_CONNECT_TIMEOUT; 0: not set
   int data_port_begin = 0, data_port_end = 0;  // PHALANX_DATA_PORTS=a-b; 0: any
+  std::string data_plane;                      // PHALANX_DATA_PLANE as written
+  std::string certs;                           // --certs: base of security files instead of home
+  InterNodeTls inter_node;                     // what all that comes to, files read and checked
   std::string logits_folder;                   // ATB_LLM_LOGITS_SAVE_ENABLE/_FOLDER
   int threads_per_rank = 0;                    // PHALANX_THREADS; 0: cores / local ranks
   std::string cpus;                            // PHALANX_CPUS: "", auto, none or a list
@@ -99,6 +104,7 @@ struct ServeArguments {
   std::string https_client_auth;                 // --https-client-auth: "required", "none", or empty
   std::vector<std::string> allowed_origins, allowed_methods, allowed_headers;
   bool allow_credentials = false;
+  std::string certs;                             // --certs DIR; empty: the install directory
 };
 
 // The settings that all nodes must share, by their key names, for comparison at a join; the digest

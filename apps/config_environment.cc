@@ -207,6 +207,7 @@ void read_environment(const Environment& environment, NodeConfig& config, Proble
     read_data_ports(text, config, problems);
   read_threads(environment, config, problems);
   config.cpus = variable(environment, "PHALANX_CPUS");
+  config.data_plane = variable(environment, "PHALANX_DATA_PLANE");
 
   const std::string save = variable(environment, "ATB_LLM_LOGITS_SAVE_ENABLE");
   if (!save.empty() && save != "0") {

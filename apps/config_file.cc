@@ -393,10 +393,7 @@ void read_backend(const json& object, Reading& reading) {
   section.integer("multiNodesInferPort", Need::kOptional, kPort, backend.multi_nodes_port);
   bool tls = true;
   if (section.boolean("interNodeTLSEnabled", Need::kOptional, tls)) backend.inter_node_tls = tls;
-  tls_keys(section, Need::kOptional, {},
-           {"interNodeTlsCaPath", "interNodeTlsCert", "interNodeTlsPk", "interNodeTlsPkPwd",
-            "interNodeTlsCrlPath", "interNodeKmcKsfMaster", "interNodeKmcKsfStandby"},
-           "interNodeTlsCaFiles", "interNodeTlsCrlFiles");
+  read_inter_node_keys(section, backend.inter_node_keys);
   const bool ids = section.device_ids("npuDeviceIds", Need::kMandatory, backend.device_ids);
   section.without_effect({"kvPoolConfig", "layerwiseDisaggregated"});
   if (const json* deploy = section.object("ModelDeployConfig", Need::kMandatory))

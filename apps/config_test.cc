@@ -424,19 +424,30 @@ TEST_F(ConfigTest, OldNameOfTheTableIsAcceptedWithAWarning) {
   EXPECT_TRUE(contains(joined(config.warnings), "http_proxy is set"));
 }
 
-TEST_F(ConfigTest, TlsBetweenNodesIsRefusedByName) {
+TEST_F(ConfigTest, TlsBetweenNodesIsOnUnlessLoopbackOrSwitchedOff) {
   make_multi_node();
   backend()["interNodeTLSEnabled"] = true;
-  EXPECT_TRUE(contains(refusal(), "BackendConfig.interNodeTLSEnabled: this version has no TLS"))
+  EXPECT_TRUE(contains(refusal(), "TLS between nodes is on, and this node has no certificate"))
       << refusal();
+  EXPECT_TRUE(contains(refusal(), "security/grpc/certs/server.pem")) << refusal();
+  EXPECT_TRUE(contains(refusal(), "phalanx certs init --rank-table '")) << refusal();
   backend().erase("interNodeTLSEnabled");
   EXPECT_EQ(refusal(), "");  // loopback addresses only
   std::string table = kTwoServers;
-  for (size_t at; (at = table.find("127.0.0.1")) != std::string::npos;)
-    table.replace(at, 9, "10.9.8.7");
+  for (const char* host : {"127.0.0.1", "127.0.0.2"})
+    for (size_t at; (at = table.find(host)) != std::string::npos;)
+      table.replace(at, 9, std::string("10.9.8.") + host[8]);
   environment_["RANK_TABLE_FILE"] = write("ranktable.json", table);
-  EXPECT_TRUE(contains(refusal(), "addresses that are not loopback")) << refusal();
-  EXPECT_TRUE(contains(refusal(), "10.9.8.7")) << refusal();
+  environment_["MIES_CONTAINER_IP"] = "10.9.8.2";
+  EXPECT_TRUE(contains(refusal(), "addresses that are not loopback: 10.9.8.1, 10.9.8.2"))
+      << refusal();
+  EXPECT_TRUE(contains(refusal(), "\"interNodeTLSEnabled\": false")) << refusal();
+  backend()["interNodeTLSEnabled"] = false;
+  EXPECT_FALSE(contains(refusal(), "TLS between nodes")) << refusal();
+  environment_["PHALANX_DATA_PLANE"] = "tls";
+  EXPECT_TRUE(contains(refusal(), "data plane cannot run under TLS")) << refusal();
+  environment_["PHALANX_DATA_PLANE"] = "ucx";
+  EXPECT_TRUE(contains(refusal(), "expected tls or clear")) << refusal();
 }
 
 TEST_F(ConfigTest, SingleNodeRefusesTheTableOfTwoServers) {

@@ -301,6 +301,7 @@ int Instance::run() {
       .table = state_->config.table,
       .own_server = state_->config.own_server,
       .port = static_cast<uint16_t>(state_->config.backend.multi_nodes_port),
+      .tls = state_->config.inter_node.material,
       .facts = join_facts(state_->config, state_->plan),
       .offer = state_->node.offer(),
       .join_seconds = state_->config.connect_timeout_s};

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "apps/bench.h"
+#include "apps/certs.h"
 #include "apps/check.h"
 #include "apps/config_make.h"
 #include "apps/import.h"
@@ -34,6 +35,7 @@ constexpr Command kCommands[] = {
     {"run", run_main, "offline inference with the options of run_pa"},
     {"ranktable", ranktable_main, "make, check or show a rank table"},
     {"check", check_main, "everything a start needs, without loading; exit status 0 or 1"},
+    {"certs", certs_main, "an authority and certificates for all nodes; renew, revoke, import, show"},
     {"config", config_main, "write a config.json"},
     {"import", import_main, "GGUF file to a checkpoint directory"},
     {"quantize", quantize_main, "float checkpoint to 8 or 4 bits"},

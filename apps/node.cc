@@ -250,6 +250,9 @@ void Node::connect(const std::vector<comm::Member>& members) {
   (void)ranks_->call({{"op", "connect"},
                       {"members", to_json(members)},
                       {"token", token_to_hex(generation_.token)},
+                      {"tls", config_.inter_node.data_plane
+                                  ? to_json(config_.inter_node.material->files())
+                                  : nlohmann::json()},
                       {"connect_seconds", seconds}},
                      "connected", Deadline::in_seconds(seconds + kRankAnswerSeconds));
 }

@@ -20,6 +20,7 @@
 #include "phalanx/base/log.h"
 #include "phalanx/engine/rank_page.h"
 #include "phalanx/engine/worker.h"
+#include "phalanx/net/secret.h"
 
 namespace phalanx::apps {
 namespace {
@@ -119,10 +120,20 @@ class GroupLease {
 std::unique_ptr<comm::Group> connect(const json& order, const RankSpec& spec) {
   const std::vector<comm::Member> members = members_from_json(order.at("members"));
   if (members.size() == 1) return comm::single_group();
+  std::shared_ptr<const net::TlsMaterial> tls;
+  if (const json& files = order.at("tls"); !files.is_null()) {
+    // Checked by the node process already; a file may have changed since.
+    Problems problems;
+    Problems warnings;
+    tls = net::TlsMaterial::load(tls_files_from_json(files), {.server = true, .client = true},
+                                 problems, warnings);
+    problems.throw_if_any("TLS of the data plane");
+  }
   return comm::form_group({.members = members,
                            .rank = spec.model.rank,
                            .generation = spec.generation,
                            .token = token_from_hex(order.at("token").get<std::string>()),
+                           .tls = tls,
                            .connect_seconds = order.at("connect_seconds").get<double>()},
                           is_open(kListenerFd) ? kListenerFd : -1,
                           is_open(kNodeMemoryFd) ? kNodeMemoryFd : -1);
@@ -186,6 +197,7 @@ void follow(MessageSocket& socket) {
 }  // namespace
 
 int rank_main() {
+  net::protect_keys();
   // The node process ends its ranks in order, and its death closes their socket; this is for a rank
   // that no longer looks at its socket. The node's spawning thread lives as long as the node.
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);

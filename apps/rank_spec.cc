@@ -80,6 +80,29 @@ std::vector<comm::Member> members_from_json(const json& j) {
   return members;
 }
 
+json to_json(const net::TlsFiles& files) {
+  return {{"plane", files.plane},
+          {"certificate", files.certificate},
+          {"key", files.key},
+          {"key_password", files.key_password},
+          {"key_store", {files.key_store.master, files.key_store.standby}},
+          {"authorities", files.authorities},
+          {"crls", files.crls}};
+}
+
+net::TlsFiles tls_files_from_json(const json& j) {
+  net::TlsFiles files;
+  files.plane = j.at("plane").get<std::string>();
+  files.certificate = j.at("certificate").get<std::string>();
+  files.key = j.at("key").get<std::string>();
+  files.key_password = j.at("key_password").get<std::string>();
+  files.key_store = {j.at("key_store").at(0).get<std::string>(),
+                     j.at("key_store").at(1).get<std::string>()};
+  files.authorities = j.at("authorities").get<std::vector<std::string>>();
+  files.crls = j.at("crls").get<std::vector<std::string>>();
+  return files;
+}
+
 std::string token_to_hex(const comm::Token& token) {
   static constexpr char kDigits[] = "0123456789abcdef";
   std::string hex;

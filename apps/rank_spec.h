@@ -8,6 +8,7 @@
 #include "phalanx/comm/bootstrap.h"
 #include "phalanx/engine/step_plan.h"
 #include "phalanx/models/model.h"
+#include "phalanx/net/tls_material.h"
 
 namespace phalanx::apps {
 
@@ -31,6 +32,8 @@ struct RankSpec {
 [[nodiscard]] RankSpec rank_spec_from_json(const nlohmann::json& j);
 [[nodiscard]] nlohmann::json to_json(const std::vector<comm::Member>& members);
 [[nodiscard]] std::vector<comm::Member> members_from_json(const nlohmann::json& j);
+[[nodiscard]] nlohmann::json to_json(const net::TlsFiles& files);
+[[nodiscard]] net::TlsFiles tls_files_from_json(const nlohmann::json& j);
 [[nodiscard]] std::string token_to_hex(const comm::Token& token);
 [[nodiscard]] comm::Token token_from_hex(const std::string& hex);
 

@@ -57,7 +57,7 @@ struct RunArguments {
   bool enable_atb_torch = false;
   bool trust_remote_code = false;
   bool distributed_enable = false;
-  std::string inter_node_tls;
+  std::string inter_node_tls, certs;
 };
 
 void add_options(CLI::App& app, RunArguments& a) {
@@ -90,6 +90,7 @@ void add_options(CLI::App& app, RunArguments& a) {
   app.add_option("--max_loras", a.max_loras);
   app.add_option("--max_lora_rank", a.max_lora_rank);
   app.add_flag("--distributed_enable", a.distributed_enable, "accepted, without effect");
+  app.add_option("--certs", a.certs, "folder that 'phalanx certs init' filled: TLS between nodes");
   app.add_option("--inter-node-tls", a.inter_node_tls,
                  "off: clear text between hosts (also PHALANX_INTER_NODE_TLS=off)")
       ->check(CLI::IsMember({"off"}));
@@ -189,19 +190,24 @@ void place_ranks(const RunArguments& a, const Environment& environment, NodeConf
 }
 
 // Clear text between hosts must be asked for by name.
-void check_clear_text(const RunArguments& a, const Environment& environment, const NodeConfig& config,
-                      Problems& problems) {
-  if (a.inter_node_tls == "off" || get(environment, "PHALANX_INTER_NODE_TLS") == "off") return;
-  for (const cluster::Server& server : config.table.servers) {
-    const auto address = net::Address::parse(server.address());
-    if (config.table.servers.size() == 1 || (address && address->is_loopback())) continue;
-    problems.add({.what = "traffic between hosts would be clear text, and TLS for offline runs is "
-                          "not part of this version",
-                  .where = "rank table, server " + server.address(), .found = "no word on TLS",
-                  .expected = "--inter-node-tls=off or PHALANX_INTER_NODE_TLS=off",
-                  .fix = "in a closed network: export PHALANX_INTER_NODE_TLS=off"});
-    return;
-  }
+void protect_traffic(const RunArguments& a, const Environment& environment, NodeConfig& config,
+                     Problems& problems) {
+  const bool off = a.inter_node_tls == "off" || get(environment, "PHALANX_INTER_NODE_TLS") == "off";
+  Problems warnings;
+  const InterNodeRequest request{
+      .table = config.table,
+      .own_server = config.own_server,
+      .written = off               ? std::optional<bool>(false)
+                 : a.certs.empty() ? std::nullopt
+                                   : std::optional<bool>(true),
+      .how_to_switch_off = "--inter-node-tls=off or PHALANX_INTER_NODE_TLS=off",
+      .data_plane = get(environment, "PHALANX_DATA_PLANE"),
+      .table_path = get(environment, "RANK_TABLE_FILE"),
+      .home = ".",
+      .certs = a.certs};
+  config.inter_node = load_inter_node_tls(request, {}, problems, warnings);
+  for (const Problem& warning : warnings.list())
+    config.warnings.push_back(to_string(warning));
 }
 
 NodeConfig make_config(const RunArguments& a, const Environment& environment) {
@@ -257,7 +263,7 @@ NodeConfig make_config(const RunArguments& a, const Environment& environment) {
            {!get(environment, "ATB_LLM_HCCL_ENABLE").empty(), "ATB_LLM_HCCL_ENABLE"}})
     if (used) config.ignored.emplace_back(name);
   place_ranks(a, environment, config, problems);
-  check_clear_text(a, environment, config, problems);
+  if (problems.empty()) protect_traffic(a, environment, config, problems);
   problems.throw_if_any("this run cannot start");
   return config;
 }

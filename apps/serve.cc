@@ -219,6 +219,7 @@ void add_serve_options(CLI::App& app, ServeArguments& arguments) {
          },
          "names in the API; with --model the first is the model's own name, else all are aliases")
       ->expected(1, 16);
+  app.add_option("--certs", a.certs, "folder that 'phalanx certs init' filled (else the install directory)");
   app.add_option("--api-key", a.api_keys, "clients must send one of these keys (Authorization: Bearer); better --api-key-file")
       ->expected(1, 1000);
   app.add_option("--api-key-file", a.api_key_file, "one key per line, mode 0600");

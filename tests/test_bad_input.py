@@ -114,13 +114,6 @@ def test_open_mode(instance):
     refused(instance.environment(0), str(instance.config_file), "0644", "chmod 640")
 
 
-def test_tls_is_refused_by_name(instance):
-    def change(config):
-        config["BackendConfig"]["interNodeTLSEnabled"] = True
-    edit(instance.config_file, change)
-    refused(instance.environment(0), "BackendConfig.interNodeTLSEnabled", '"interNodeTLSEnabled": false')
-
-
 def test_unknown_and_effectless_keys_are_accepted_in_one_warning(instance):
     def change(config):
         config["ServerConfig"]["colour"] = "blue"
