@@ -41,20 +41,6 @@ void path_key(ConfigSection& section, std::string_view key, Need need, std::stri
                     fmt::format("at most {} bytes", kLongestPath), "use a shorter path");
 }
 
-// Types of the TLS keys of one plane; their files are the business of whoever opens TLS.
-void tls_keys(ConfigSection& section, Need need, std::initializer_list<std::string_view> paths,
-              std::initializer_list<std::string_view> optional_paths, std::string_view ca_files,
-              std::string_view crl_files) {
-  std::string ignored_path;
-  for (const std::string_view key : paths) path_key(section, key, need, ignored_path = "...");
-  for (const std::string_view key : optional_paths)
-    path_key(section, key, Need::kOptional, ignored_path = "...");
-  std::vector<std::string> files = {"ca.pem"};
-  section.strings(ca_files, need, 1, 3, files);
-  files = {"server_crl.pem"};
-  section.strings(crl_files, Need::kOptional, 0, 3, files);
-}
-
 void ip_key(ConfigSection& section, std::string_view key, Need need, std::string& target) {
   if (!section.string(key, need, target)) return;
   if (!is_ip(target))

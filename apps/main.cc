@@ -10,6 +10,7 @@
 #include "apps/certs.h"
 #include "apps/check.h"
 #include "apps/config_make.h"
+#include "apps/hccn.h"
 #include "apps/import.h"
 #include "apps/make_random_model.h"
 #include "apps/rank.h"
@@ -36,6 +37,7 @@ constexpr Command kCommands[] = {
     {"ranktable", ranktable_main, "make, check or show a rank table"},
     {"check", check_main, "everything a start needs, without loading; exit status 0 or 1"},
     {"certs", certs_main, "an authority and certificates for all nodes; renew, revoke, import, show"},
+    {"hccn", hccn_main, "the addresses and links of this node, in the words of hccn_tool"},
     {"config", config_main, "write a config.json"},
     {"import", import_main, "GGUF file to a checkpoint directory"},
     {"quantize", quantize_main, "float checkpoint to 8 or 4 bits"},
@@ -58,6 +60,7 @@ int (*command_of_program(std::string_view program))(int, char**) {
   if (program == "mindieservice_daemon" || program == "mindie_llm_server") return serve_main;
   if (program == "llm_engine_test") return one_prompt_main;
   if (program == "run_pa") return run_main;
+  if (program == "hccn_tool") return hccn_main;
   return nullptr;
 }
 

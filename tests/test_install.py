@@ -11,7 +11,7 @@ from support.instance import SUCCESS, Process, fetch, free_ports
 from support.paths import ROOT, clean_environment, demo_model, program
 
 MODES = {".": 0o750, "bin": 0o550, "bin/mindieservice_daemon": 0o550, "bin/phalanx": 0o550,
-         "bin/llm_engine_test": 0o550, "bin/mindie_llm_server": 0o550, "lib": 0o550,
+         "bin/llm_engine_test": 0o550, "bin/mindie_llm_server": 0o550, "bin/hccn_tool": 0o550, "lib": 0o550,
          "lib/grpc": 0o550, "include": 0o550, "scripts": 0o550, "logs": 0o750, "conf": 0o750,
          "conf/config.json": 0o640, "security": 0o700, "security/ca": 0o700,
          "security/grpc/keys": 0o700}
