@@ -115,7 +115,8 @@ void Connection::refuse(HttpResponse response) {
 }
 
 void Connection::handshake_failed(const std::string& failure) {
-  log_warn("TLS handshake with {} on the {} plane failed: {}", peer_, plane_names(planes_), failure);
+  host_->handshake_failed(fmt::format("TLS handshake with {} on the {} plane failed: {}", peer_,
+                                      plane_names(planes_), failure));
   if (dead_) return;
   // Closing at once, with unread bytes, would reset the connection before the client reads why.
   closing_ = true;

@@ -39,6 +39,8 @@ class ConnectionHost {
   [[nodiscard]] virtual bool take_place() = 0;
   virtual void give_back_place() = 0;
   virtual void finished(const AccessRecord& record) = 0;
+  // Tells the log, not too often.
+  virtual void handshake_failed(const std::string& sentence) = 0;
   virtual void closed(const class Connection* connection) = 0;
 };
 

@@ -20,6 +20,7 @@
 #include "phalanx/api/listener.h"
 #include "phalanx/api/router.h"
 #include "phalanx/base/log.h"
+#include "phalanx/base/log_limit.h"
 
 namespace phalanx::api {
 
@@ -58,6 +59,10 @@ struct Server::State final : ConnectionHost, std::enable_shared_from_this<Server
   void give_back_place() override { requests_.fetch_sub(1); }
   void finished(const AccessRecord& record) override {
     if (options_.on_finished) options_.on_finished(record);
+  }
+  void handshake_failed(const std::string& sentence) override {
+    std::string note;
+    if (refusals_.allow(&note)) log_warn("{}{}", sentence, note);
   }
 
   void closed(const Connection* connection) override {
@@ -106,6 +111,7 @@ struct Server::State final : ConnectionHost, std::enable_shared_from_this<Server
 
   const ServerOptions options_;
   const Gate gate_;
+  LogLimit refusals_;
   std::atomic<int64_t> requests_{0};
   asio::io_context io_;
   std::optional<asio::executor_work_guard<asio::io_context::executor_type>> guard_;

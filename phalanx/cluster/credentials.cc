@@ -7,16 +7,14 @@
 #include <grpcpp/security/tls_certificate_verifier.h>
 #include <grpcpp/security/tls_credentials_options.h>
 
-#include <atomic>
 #include <cstdlib>
 
 #include "phalanx/base/log.h"
+#include "phalanx/base/log_limit.h"
 #include "phalanx/net/address.h"
 
 namespace phalanx::cluster {
 namespace {
-
-constexpr int kMostWarnings = 100;  // of refused peers; strangers may try for ever
 
 using Judge = std::function<std::string(const net::CertificateInfo&)>;
 using Told = std::function<void(const std::string&)>;
@@ -137,12 +135,10 @@ std::shared_ptr<grpc::ServerCredentials> server_credentials(const ControlSecurit
     const auto problem = slave_problem(info, table, -1);
     return problem ? to_string(*problem) : std::string();
   };
-  const auto warnings = std::make_shared<std::atomic<int>>(0);
-  const Told told = [warnings](const std::string& sentence) {
-    const int count = ++*warnings;
-    if (count <= kMostWarnings)
-      log_warn("control plane refused a peer: {}{}", sentence,
-               count == kMostWarnings ? " (further ones are not shown)" : "");
+  const auto limit = std::make_shared<LogLimit>();  // strangers may try for ever
+  const Told told = [limit](const std::string& sentence) {
+    std::string note;
+    if (limit->allow(&note)) log_warn("control plane refused a peer: {}{}", sentence, note);
   };
   grpc::experimental::TlsServerCredentialsOptions options(provider(*security.tls));
   options.watch_root_certs();

@@ -102,10 +102,14 @@ TEST_F(DataPlaneTls, ARevokedCertificateIsRefusedAtOnceAndAnotherTaken) {
 }
 
 TEST_F(DataPlaneTls, ACertificateOfAnotherNodeIsRefusedByNameOnBothSides) {
+  // Of no rank of the group: refused in the handshake, before anything is said.
   const auto stranger = certificates_.material("127.0.0.9", "");
-  auto outcomes = form(good_[0], stranger, 0.5);
+  refused(stranger, "expected one of 127.0.0.1, 127.0.0.2");
+  EXPECT_TRUE(contains(log(), "certificate of the peer, CN=127.0.0.9")) << log();
+  // Of another rank than it says.
+  auto outcomes = form(good_[0], certificates_.material(address(0), ""), 0.5);
   ASSERT_TRUE(outcomes[1].error);
-  EXPECT_TRUE(contains(log(), "certificate of rank 1 (host-b), CN=127.0.0.9")) << log();
+  EXPECT_TRUE(contains(log(), "certificate of rank 1 (host-b), CN=127.0.0.1")) << log();
   EXPECT_TRUE(contains(log(), "certificate is of another node")) << log();
   EXPECT_TRUE(contains(outcomes[1].error->what(), "is not one of 127.0.0.2"))
       << outcomes[1].error->what();

@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "phalanx/base/log.h"
+#include "phalanx/base/log_limit.h"
 #include "phalanx/comm/tcp/address.h"
 #include "phalanx/comm/tcp/hello.h"
 #include "phalanx/comm/tcp/tcp_link.h"
@@ -29,7 +30,6 @@ constexpr std::chrono::seconds kHandshake{2};
 constexpr std::chrono::milliseconds kFirstRetry{10};
 constexpr std::chrono::milliseconds kLastRetry{500};
 constexpr std::chrono::seconds kReportEvery{5};
-constexpr int kMaxWarnings = 10;
 
 std::string errno_text(int error) {
   return fmt::format("{} (errno {})", std::strerror(error), error);
@@ -128,20 +128,30 @@ class Mesh {
                               topology.names[options.rank]));
     if (options.tls != nullptr) {
       // Which node a certificate must be of: that of the rank it connects to or claims to be, so
-      // it is asked when that is known; here only that it is a certificate between nodes.
-      const auto identity = [](const net::CertificateInfo& peer) -> std::string {
+      // it is asked when that is known; here that it is of some node of this group.
+      const auto role_problem = [](const net::CertificateInfo& peer) -> std::string {
         const std::string role = peer.role();
         if (role.empty() || role.starts_with("inter-node")) return {};
         return fmt::format("certificate of the peer, {}: certificate is of another role: found {}, "
                            "expected inter-node",
                            net::who(peer), role);
       };
+      const auto identity = [this, role_problem](const net::CertificateInfo& peer) -> std::string {
+        if (std::string wrong = role_problem(peer); !wrong.empty()) return wrong;
+        std::string members;
+        for (const Member& member : options_.members) {
+          if (peer.names(member.data_address)) return {};
+          members += (members.empty() ? "one of " : ", ") + member.data_address;
+        }
+        auto wrong = net::identity_problem(peer, {members}, "", "certificate of the peer");
+        return phalanx::to_string(*wrong);
+      };
       const auto refused = [this](const std::string& sentence) { warn("refused: " + sentence); };
       server_.emplace(options.tls, net::TlsContext::Options{.side = net::TlsContext::Side::kServer,
                                                             .identity = identity,
                                                             .refused = refused});
       client_.emplace(options.tls, net::TlsContext::Options{.side = net::TlsContext::Side::kClient,
-                                                            .identity = identity});
+                                                            .identity = role_problem});
     }
     if (listener >= 0) ::fcntl(listener, F_SETFL, ::fcntl(listener, F_GETFL) | O_NONBLOCK);
   }
@@ -468,9 +478,8 @@ class Mesh {
   }
 
   void warn(const std::string& text) {
-    if (++warnings_ <= kMaxWarnings)
-      log_warn("{}: {}{}", topology_.names[options_.rank], text,
-               warnings_ == kMaxWarnings ? " (further ones are not shown)" : "");
+    std::string note;
+    if (warnings_.allow(&note)) log_warn("{}: {}{}", topology_.names[options_.rank], text, note);
   }
 
   const GroupOptions& options_;
@@ -485,7 +494,7 @@ class Mesh {
   std::vector<Incoming> incoming_;
   std::vector<pollfd> polled_;
   int missing_ = 0;
-  int warnings_ = 0;
+  LogLimit warnings_;
 };
 
 }  // namespace
