@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <grpcpp/grpcpp.h>
 
+#include <charconv>
 #include <chrono>
 #include <deque>
 #include <map>
@@ -11,6 +12,7 @@
 #include "control.grpc.pb.h"
 #include "phalanx/base/error.h"
 #include "phalanx/base/log.h"
+#include "phalanx/cluster/control_listener.h"
 #include "phalanx/cluster/credentials.h"
 #include "phalanx/net/address.h"
 
@@ -23,6 +25,15 @@ using control::v1::FromNode;
 constexpr size_t kMaxQueued = 256;  // a peer that does not read is cut off
 constexpr int kHandshakeMs = 5'000;       // from the connection to HTTP/2's first frame
 constexpr size_t kMemory = 64 << 20;      // of all connections together
+
+// "ipv4:10.0.0.2:43210".
+uint16_t peer_port(const std::string& peer) {
+  uint16_t port = 0;
+  const size_t colon = peer.rfind(':');
+  if (colon != std::string::npos)
+    std::from_chars(peer.data() + colon + 1, peer.data() + peer.size(), port);
+  return port;
+}
 
 }  // namespace
 
@@ -63,6 +74,7 @@ struct ControlServer::State {
   StreamId last_id = 0;                                // guarded by mutex
   std::map<StreamId, std::shared_ptr<Stream>> streams;  // guarded by mutex; until OnDone
   std::unique_ptr<grpc::Server> server;
+  std::unique_ptr<ControlListener> listener;  // hands connections to the server
 };
 
 // Lives in State::streams from open() to OnDone(). One read is always outstanding.
@@ -193,6 +205,7 @@ grpc::ServerBidiReactor<FromNode, FromMaster>* ControlServer::State::open(
         grpc::RESOURCE_EXHAUSTED,
         fmt::format("the master already has {} connections", options.max_streams)));
   }
+  listener->proved(peer_port(context->peer()));
   handler.on_open(id, context->peer());
   stream->start();
   return stream.get();
@@ -204,15 +217,24 @@ ControlServer::ControlServer(const Options& options, Handler& handler)
   const std::string problem = net::port_problem(options.address, options.port);
   if (problem.empty()) {
     grpc::ServerBuilder builder;
-    builder.AddListeningPort(where, server_credentials(options.security));
+    auto acceptor = builder.experimental().AddExternalConnectionAcceptor(
+        grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
+        server_credentials(options.security));
     builder.RegisterService(&state_->service);
     builder.SetMaxReceiveMessageSize(kMaxControlMessageBytes);
-    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 4);
     builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, 30'000);
     builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, kHandshakeMs);
     builder.SetResourceQuota(grpc::ResourceQuota("control plane").Resize(kMemory));
+    state_->listener = std::make_unique<ControlListener>(
+        ControlListener::Options{.address = options.address, .port = options.port});
     state_->server = builder.BuildAndStart();
+    if (state_->server)
+      state_->listener->start([acceptor = std::shared_ptr(std::move(acceptor))](UniqueFd connection) {
+        grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters handed;
+        handed.fd = connection.release();
+        acceptor->HandleNewConnection(&handed);
+      });
   }
   if (!state_->server) {
     throw Error(Code::kUnavailable,
@@ -224,6 +246,7 @@ ControlServer::ControlServer(const Options& options, Handler& handler)
 
 ControlServer::~ControlServer() {
   if (!state_->server) return;
+  state_->listener.reset();
   // A deadline in the past ends the calls that are open, then the handlers run to their end.
   state_->server->Shutdown(std::chrono::system_clock::now());
   state_->server->Wait();
