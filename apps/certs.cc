@@ -4,10 +4,12 @@
 
 #include <CLI/CLI.hpp>
 #include <filesystem>
+#include <optional>
 
 #include "apps/certs_files.h"
 #include "apps/certs_import.h"
 #include "apps/certs_issue.h"
+#include "apps/certs_config.h"
 #include "apps/certs_layout.h"
 #include "apps/certs_show.h"
 #include "phalanx/cluster/rank_table.h"
@@ -15,9 +17,16 @@
 namespace phalanx::apps {
 namespace {
 
-void init(const IssueOptions& options, const std::string& table_file) {
+void init(const IssueOptions& options, const std::string& table_file,
+          const std::string& config_file) {
   const cluster::RankTable table = cluster::load_rank_table(table_file);
+  std::optional<SecureConfig> config;
+  if (!config_file.empty()) config = SecureConfig::read(config_file);
   issue_all(options, table);
+  if (config) {
+    config->write();
+    fmt::print("{}   now says \"httpsEnabled\": true and \"interNodeTLSEnabled\": true\n", config_file);
+  }
   fmt::print("{0}/{1}   the authority: keep it off the nodes\n{0}/{2}      certificate and key for "
              "clients of the HTTPS ports\n",
              options.folder, kAuthorityFolder, kClientFolder);
@@ -54,6 +63,9 @@ int certs_main(int argc, char** argv) {
   init_command->add_option("--rank-table", table_file, "ranktable.json")->required();
   init_command->add_option("--out", issue.folder, "folder to fill; an authority there is used again")
       ->required();
+  std::string config_file;
+  init_command->add_option("--config", config_file,
+                           "config.json in which HTTPS and TLS between nodes are switched on");
   days(init_command);
 
   CLI::App* renew_command = app.add_subcommand("renew", "new keys and certificates for nodes");
@@ -98,7 +110,7 @@ int certs_main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
 
   if (init_command->parsed()) {
-    init(issue, table_file);
+    init(issue, table_file, config_file);
   } else if (renew_command->parsed()) {
     renew_all(issue, nodes);
   } else if (revoke_command->parsed()) {

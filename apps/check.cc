@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <ctime>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -43,35 +44,88 @@ bool is_master(const NodeConfig& config) {
   return config.table.servers.empty() || config.own_server == config.table.master();
 }
 
+// What is said of good certificates, and of planes that share one.
+class Certificates {
+ public:
+  explicit Certificates(CheckReport& report) : report_(report) {}
+
+  void look(const std::string& plane, const net::TlsMaterial& material) {
+    const net::CertificateInfo& own = material.own();
+    const std::string& file = material.files().certificate;
+    report_.facts.push_back(fmt::format("{}: certificate {} until {} ({})", plane, own.subject,
+                                        net::time_text(own.not_after), own.key_type));
+    if (const auto text = api::expiry_warning(own, std::time(nullptr), kExpiryDays); !text.empty())
+      report_.warnings.add(
+          {.what = text, .where = file, .fix = "renew it: phalanx certs renew"});
+    const auto [first, fresh] = first_of_.emplace(own.fingerprint, std::pair(plane, file));
+    if (!fresh)
+      report_.warnings.add(
+          {.what = "planes share a certificate",
+           .where = file,
+           .found = fmt::format("that of {} ({}), also for {}", first->second.first,
+                                first->second.second, plane),
+           .expected = "one for each of business, management, metrics and the traffic between nodes",
+           .fix = "phalanx certs init makes different ones"});
+  }
+
+ private:
+  CheckReport& report_;
+  std::map<std::string, std::pair<std::string, std::string>> first_of_;  // by fingerprint
+};
+
 void check_certificates(const NodeConfig& config, CheckReport& report) {
+  Certificates certificates(report);
+  // Read and judged with the configuration, on every node.
+  if (config.inter_node.material != nullptr) {
+    certificates.look("between nodes", *config.inter_node.material);
+    report.facts.push_back(
+        fmt::format("between nodes: TLS on the control port{}",
+                    config.inter_node.data_plane ? " and the data ports" : ", clear data ports"));
+  } else if (config.table.servers.size() > 1 && report.problems.empty()) {
+    report.facts.push_back("between nodes: no TLS, no certificates needed");
+  }
+  if (!is_master(config)) return;
   const ServerConfig& server = config.server;
   if (!server.https) {
     report.facts.push_back("HTTP planes: no TLS, no certificates needed");
     return;
   }
-  std::set<std::string> fingerprints;
-  std::string shared;
   for (const PlaneListener& listener : plane_listeners(server)) {
     const auto context =
         api::PlaneTls::load(listener_tls(listener, server), report.problems, report.warnings);
-    if (!context) continue;
-    const net::CertificateInfo& own = context->material().own();
-    report.facts.push_back(fmt::format("{} plane: certificate {} until {} ({})", listener.tls->plane,
-                                       own.subject, net::time_text(own.not_after), own.key_type));
-    if (const auto text = api::expiry_warning(own, std::time(nullptr), kExpiryDays); !text.empty())
-      report.warnings.add({.what = text,
-                           .where = listener.tls->certificate,
-                           .fix = "renew it: phalanx certs renew"});
-    if (!fingerprints.insert(own.fingerprint).second) shared = listener.tls->certificate;
+    if (context) certificates.look(listener.tls->plane + " plane", context->material());
   }
-  if (!shared.empty())
-    report.warnings.add({.what = "planes share a certificate",
-                         .where = shared,
-                         .expected = "one for each of business, management and metrics",
-                         .fix = "phalanx certs init makes different ones"});
+}
+
+// Every rank takes one of PHALANX_DATA_PORTS, if they are named.
+void check_data_ports(const NodeConfig& config, CheckReport& report) {
+  if (config.table.servers.size() < 2 || config.data_port_end == 0) return;
+  const cluster::Server& own = config.table.servers[static_cast<size_t>(config.own_server)];
+  const auto wanted = static_cast<int>(own.devices.size());
+  int free = 0;
+  std::string reason;
+  for (int port = config.data_port_begin; port <= config.data_port_end && free < wanted; ++port) {
+    const std::string problem = net::port_problem(own.address(), static_cast<uint16_t>(port));
+    if (problem.empty())
+      ++free;
+    else
+      reason = problem;
+  }
+  const std::string range =
+      fmt::format("{}-{} of {}", config.data_port_begin, config.data_port_end, own.address());
+  if (free >= wanted)
+    report.facts.push_back(fmt::format("data ports {}: enough are free for {} rank{}", range, wanted,
+                                       wanted == 1 ? "" : "s"));
+  else
+    report.problems.add({.what = "too few free data ports",
+                         .where = "environment variable PHALANX_DATA_PORTS",
+                         .found = fmt::format("{} free of {} ({})", free, range, reason),
+                         .expected = fmt::format("{}, one for each rank of this node", wanted),
+                         .fix = "name a wider range, the same on every node"});
 }
 
 void check_ports(const NodeConfig& config, CheckReport& report) {
+  check_data_ports(config, report);
   if (!is_master(config)) {
     report.facts.push_back("ports: this node is a slave, it opens no HTTP port");
     return;
@@ -201,7 +255,7 @@ CheckReport check_start(const ServeArguments& arguments, const Environment& envi
   if (!config.config_path.empty())
     report.facts.push_back(fmt::format("configuration {}", config.config_path));
   check_installation(config.home, report.problems, report.warnings);
-  if (is_master(config)) check_certificates(config, report);
+  check_certificates(config, report);
   const HostResources host = host_resources();
   if (options.ports) check_ports(config, report);
   check_limits(config, host, report);

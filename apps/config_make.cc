@@ -13,6 +13,7 @@
 #include "phalanx/base/error.h"
 #include "phalanx/base/json.h"
 #include "phalanx/base/unique_fd.h"
+#include "phalanx/net/address.h"
 
 namespace phalanx::apps {
 namespace {
@@ -25,6 +26,12 @@ ordered_json tls_of_plane(const std::string& prefix, const std::string& folder) 
           {prefix + "TlsPk", fmt::format("security/keys/{}/server.key.pem", folder)},
           {prefix + "TlsCrlPath", fmt::format("security/{}/certs/", folder)},
           {prefix + "TlsCrlFiles", {"server_crl.pem"}}};
+}
+
+// Clear text must not leave the machine unless somebody wrote so.
+bool is_loopback(const std::string& text) {
+  const auto address = net::Address::parse(text);
+  return !address || address->is_loopback();
 }
 
 ordered_json server_section(const ConfigMakeOptions& options) {
@@ -42,7 +49,7 @@ ordered_json server_section(const ConfigMakeOptions& options) {
       {"tokenTimeout", 600},
       {"e2eTimeout", 600},
       {"inferMode", "standard"},
-      {"httpsEnabled", false},
+      {"httpsEnabled", !is_loopback(options.ip)},
       {"tlsCaPath", "security/ca/"},
       {"tlsCaFile", {"ca.pem"}},
       {"tlsCert", "security/certs/server.pem"},
@@ -90,7 +97,6 @@ ordered_json backend_section(const ConfigMakeOptions& options) {
           {"tokenizerProcessNumber", 8},
           {"multiNodesInferEnabled", options.multi_node},
           {"multiNodesInferPort", options.multi_node_port},
-          {"interNodeTLSEnabled", false},
           {"interNodeTlsCaPath", "security/grpc/ca/"},
           {"interNodeTlsCaFiles", {"ca.pem"}},
           {"interNodeTlsCert", "security/grpc/certs/server.pem"},

@@ -19,6 +19,7 @@
 #include "apps/one_prompt.h"
 #include "apps/quantize.h"
 #include "apps/serve.h"
+#include "phalanx/net/secret.h"
 
 namespace phalanx::apps {
 namespace {
@@ -85,6 +86,7 @@ int dispatch(int argc, char** argv) {
 }  // namespace phalanx::apps
 
 int main(int argc, char** argv) {
+  phalanx::net::protect_keys();
   try {
     return phalanx::apps::dispatch(argc, argv);
   } catch (const std::exception& e) {

@@ -20,7 +20,6 @@
 #include "phalanx/base/log.h"
 #include "phalanx/engine/rank_page.h"
 #include "phalanx/engine/worker.h"
-#include "phalanx/net/secret.h"
 
 namespace phalanx::apps {
 namespace {
@@ -197,7 +196,6 @@ void follow(MessageSocket& socket) {
 }  // namespace
 
 int rank_main() {
-  net::protect_keys();
   // The node process ends its ranks in order, and its death closes their socket; this is for a rank
   // that no longer looks at its socket. The node's spawning thread lives as long as the node.
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);

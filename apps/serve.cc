@@ -21,6 +21,7 @@
 #include "phalanx/api/plane_tls.h"
 #include "phalanx/api/service.h"
 #include "phalanx/base/log.h"
+#include "phalanx/cluster/credentials.h"
 #include "phalanx/text/chat_template.h"
 #include "phalanx/text/tokenizer.h"
 
@@ -76,6 +77,19 @@ std::unique_ptr<api::PlaneTls> open_tls(const ServerConfig& server) {
   return std::make_unique<api::PlaneTls>(std::move(planes), warnings, api::PlaneTls::Options{});
 }
 
+// Tells of certificates between nodes that end soon, or whose files have changed; null without TLS.
+std::unique_ptr<api::PlaneTls> watch_inter_node(const NodeConfig& config) {
+  if (config.inter_node.material == nullptr) return nullptr;
+  Problems warnings;
+  return std::make_unique<api::PlaneTls>(
+      std::vector{api::PlaneTls::Plane{
+          .files = config.inter_node.material->files(),
+          .needs = cluster::node_needs(config.table, config.own_server),
+          .address = {},
+          .live = false}},
+      warnings, api::PlaneTls::Options{});
+}
+
 void record(const api::AccessRecord& r) {
   log_info("{}", api::to_line(r));
   if (r.method == "GET" || r.method == "HEAD") {
@@ -112,8 +126,10 @@ api::ServerOptions server_options(const NodeConfig& config, const api::PlaneTls*
 // The HTTP side of the master. Ports are taken at construction, before anything loads.
 class HttpHead final : public Head {
  public:
-  HttpHead(const NodeConfig& config, const NodePlan& plan, Instance& instance)
+  HttpHead(const NodeConfig& config, const NodePlan& plan, Instance& instance,
+           const api::PlaneTls* inter_node)
       : instance_(instance),
+        inter_node_(inter_node),
         options_(service_options(config, plan.info)),
         tokenizer_(text::Tokenizer::load(config.model.weight_path)),
         chat_template_(text::ChatTemplate::load(config.model.weight_path,
@@ -138,12 +154,13 @@ class HttpHead final : public Head {
  private:
   std::string status() const {
     auto json = nlohmann::json::parse(instance_.status_json());
-    if (tls_) {
-      auto list = nlohmann::json::array();
-      for (const auto& expiry : tls_->expiries())
+    auto list = nlohmann::json::array();
+    for (const api::PlaneTls* tls : {inter_node_, static_cast<const api::PlaneTls*>(tls_.get())}) {
+      if (tls == nullptr) continue;
+      for (const auto& expiry : tls->expiries())
         list.push_back({{"plane", expiry.plane}, {"not_after", expiry.not_after}});
-      json["certificates"] = std::move(list);
     }
+    if (!list.empty()) json["certificates"] = std::move(list);
     return json.dump();
   }
   api::InstanceHealth health() {
@@ -162,6 +179,7 @@ class HttpHead final : public Head {
   }
 
   Instance& instance_;
+  const api::PlaneTls* const inter_node_;
   api::ServiceOptions options_;
   std::shared_ptr<const text::Tokenizer> tokenizer_;
   std::shared_ptr<const text::ChatTemplate> chat_template_;
@@ -278,10 +296,12 @@ int serve_main(int argc, char** argv) {
   const NodePlan& plan = *report.plan;
   show_start(config, plan, host);
 
+  std::unique_ptr<api::PlaneTls> inter_node;  // the head looks at it
   Instance instance(config, plan);
+  inter_node = watch_inter_node(config);  // its thread must not take the signals blocked just now
   const ConfigWatch watch(config.config_path, log.level);
   instance.set_success_line("Daemon start success!");
-  if (instance.is_master()) instance.set_head(std::make_unique<HttpHead>(config, plan, instance));
+  if (instance.is_master()) instance.set_head(std::make_unique<HttpHead>(config, plan, instance, inter_node.get()));
   log_audit("system", "Start mindie server", "success");
   const int status = instance.run();
   log_audit("system", "stop mindie server", status == 0 ? "success" : "fail");

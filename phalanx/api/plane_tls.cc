@@ -87,7 +87,7 @@ PlaneTls::PlaneTls(std::vector<Plane> planes, Problems& warnings, Options option
     kept.context = load(kept.plane, problems, warnings);
     planes_.push_back(std::move(kept));
   }
-  problems.throw_if_any("cannot serve HTTPS with these certificates");
+  problems.throw_if_any("these certificates cannot be used");
   watcher_ = std::jthread([this](const std::stop_token& stop) { watch(stop); });
 }
 
@@ -116,8 +116,12 @@ void PlaneTls::warn_of_expiry(Kept& kept) {
       expiry_warning(kept.context->material().own(), now, options_.warn_days);
   if (text.empty()) return;
   kept.warned_day = now / kDay;
-  log_warn("{} plane: {}; renew {} (new connections use it without a restart)",
-           kept.plane.files.plane, text, kept.plane.files.certificate);
+  log_warn("{}: {}; renew {} ({})", name_of(kept), text, kept.plane.files.certificate,
+           kept.plane.live ? "new connections use it without a restart" : "the next start uses it");
+}
+
+std::string PlaneTls::name_of(const Kept& kept) {
+  return kept.plane.live ? kept.plane.files.plane + " plane" : kept.plane.files.plane;
 }
 
 // Only this thread writes planes_ after construction.
@@ -132,14 +136,18 @@ void PlaneTls::watch(const std::stop_token& stop) {
       Problems warnings;
       auto context = load(kept.plane, problems, warnings);
       if (!context) {
-        log_warn("{} plane: its certificate files changed, but cannot be used; the old ones stay in "
-                 "use:\n{}",
-                 kept.plane.files.plane, problems.to_string());
+        log_warn("{}: its certificate files changed, but cannot be used; the old ones stay in use:\n{}",
+                 name_of(kept), problems.to_string());
         continue;
       }
       const auto& info = context->material().own();
-      log_info("{} plane: new connections use the certificate {} (serial {}), which ends on {}",
-               kept.plane.files.plane, info.subject, info.serial, net::time_text(info.not_after));
+      if (!kept.plane.live) {
+        log_info("{}: the next start uses the certificate {} (serial {}), which ends on {}",
+                 name_of(kept), info.subject, info.serial, net::time_text(info.not_after));
+        continue;
+      }
+      log_info("{}: new connections use the certificate {} (serial {}), which ends on {}",
+               name_of(kept), info.subject, info.serial, net::time_text(info.not_after));
       const std::lock_guard lock(mutex_);
       kept.context = std::move(context);
       kept.warned_day = -1;

@@ -25,6 +25,8 @@ class PlaneTls {
     net::TlsNeeds needs;
     std::string address;  // what it listens on; a certificate that names hosts only is a warning
     bool mutual = true;   // clients must show a certificate
+    // False: new files are looked at and told of, and used by the next start (between nodes).
+    bool live = true;
   };
   struct Options {
     double look_seconds = 2;
@@ -55,6 +57,7 @@ class PlaneTls {
   };
   void watch(const std::stop_token& stop);
   void warn_of_expiry(Kept& kept);
+  static std::string name_of(const Kept& kept);
 
   const Options options_;
   mutable std::mutex mutex_;

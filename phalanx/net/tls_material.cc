@@ -31,9 +31,12 @@ std::vector<Certificate> parse_certificates(const std::string& pem, const std::s
   try {
     return Certificate::parse(pem, path);
   } catch (const Error& error) {
+    const std::string text = std::string(error.what()).substr(path.size() + 2);
     problems.add({.what = "certificate cannot be read",
                   .where = path,
-                  .found = std::string(error.what()).substr(path.size() + 2)});
+                  .found = text.substr(0, text.find(", expected")),
+                  .expected = "a PEM file with BEGIN CERTIFICATE",
+                  .fix = "export the certificate again as PEM"});
     return {};
   }
 }
