@@ -7,10 +7,12 @@
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 
 #include "apps/bench_layout.h"
 #include "apps/bench_roofline.h"
+#include "apps/bench_tls.h"
 #include "apps/instance.h"
 #include "apps/prompt_head.h"
 #include "phalanx/base/log.h"
@@ -79,6 +81,18 @@ json speeds(const std::vector<PromptResult>& results) {
           {"whole_s", seconds(begin, end)}};
 }
 
+cluster::RankTable table_of(const BenchLayout& layout) {
+  cluster::RankTable table{.servers = {}, .world_size = layout.ranks(), .notes = {}};
+  int rank = 0;
+  for (int i = 0; i < static_cast<int>(layout.nodes.size()); ++i) {
+    const std::string address = layout.address(i);
+    table.servers.push_back({.server_id = address, .container_ip = address, .devices = {}});
+    for (int d = 0; d < layout.nodes[static_cast<size_t>(i)].ranks; ++d)
+      table.servers.back().devices.push_back({.device_id = d, .device_ip = {}, .rank_id = rank++});
+  }
+  return table;
+}
+
 NodeConfig node_config(const BenchArguments& a, const BenchLayout& layout, int node,
                        uint16_t control_port, int64_t output) {
   const int64_t batch = *std::max_element(a.batches.begin(), a.batches.end());
@@ -97,15 +111,7 @@ NodeConfig node_config(const BenchArguments& a, const BenchLayout& layout, int n
   config.backend.multi_nodes_port = control_port;
   config.connect_timeout_s = 120;
   config.own_server = node;
-  config.table.world_size = layout.ranks();
-  int rank = 0;
-  for (int i = 0; i < static_cast<int>(layout.nodes.size()); ++i) {
-    const std::string address = layout.address(i);
-    config.table.servers.push_back({.server_id = address, .container_ip = address, .devices = {}});
-    for (int d = 0; d < layout.nodes[static_cast<size_t>(i)].ranks; ++d)
-      config.table.servers.back().devices.push_back(
-          {.device_id = d, .device_ip = {}, .rank_id = rank++});
-  }
+  config.table = table_of(layout);
   return config;
 }
 
@@ -214,9 +220,12 @@ json run_layout(const BenchArguments& a, const BenchLayout& layout, uint32_t see
       std::max_element(outputs.begin(), outputs.end(), [](const auto& x, const auto& y) {
         return x.second < y.second;
       })->second;
+  std::optional<BenchCertificates> certificates;
+  if (layout.tls) certificates.emplace(table_of(layout));
   const std::string text = run_nodes(layout, [&](int node, int fd) {
     const HostResources host = host_resources();
-    const NodeConfig config = node_config(a, layout, node, control_port, longest);
+    NodeConfig config = node_config(a, layout, node, control_port, longest);
+    if (certificates) config.inter_node = certificates->of(config.table, node);
     NodePlan plan = plan_node(config, host);
     place(layout, node, host, plan);
     Instance instance(config, plan);
@@ -292,6 +301,33 @@ void print_layout(const BenchArguments& a, const BenchLayout& layout, const std:
   std::fflush(stdout);
 }
 
+// What TLS costs where a layout was measured with and without it: the medians of the rounds' ratios.
+void print_cost_of_tls(const BenchArguments& a, const std::vector<BenchLayout>& layouts,
+                       const std::vector<std::vector<json>>& results) {
+  for (size_t t = 0; t < layouts.size(); ++t) {
+    const auto clear = std::find_if(layouts.begin(), layouts.end(), [&](const BenchLayout& other) {
+      return "tls:" + other.name == layouts[t].name;
+    });
+    if (clear == layouts.end()) continue;
+    const auto c = static_cast<size_t>(clear - layouts.begin());
+    for (size_t w = 0; w < a.batches.size(); ++w) {
+      std::vector<double> decode, prefill;
+      for (size_t round = 0; round < results[t].size(); ++round) {
+        const json& with = results[t][round][w];
+        const json& without = results[c][round][w];
+        decode.push_back(with["decode_tok_s"].get<double>() / without["decode_tok_s"].get<double>());
+        prefill.push_back(without["prefill_s"].get<double>() / with["prefill_s"].get<double>());
+      }
+      fmt::print("\nTLS on {}, batch {}: decode {:+.1f} %, prefill {:+.1f} % (medians of {} pairs; {:.1f} "
+                 "tok/s in clear, {:.1f} under TLS)\n",
+                 layouts[c].name, a.batches[w], 100 * (median(decode) - 1),
+                 100 * (median(prefill) - 1), decode.size(),
+                 summary(results[c], w)["decode_tok_s"].get<double>(),
+                 summary(results[t], w)["decode_tok_s"].get<double>());
+    }
+  }
+}
+
 }  // namespace
 
 int bench_engine(int argc, char** argv) {
@@ -301,7 +337,8 @@ int bench_engine(int argc, char** argv) {
   app.add_option("--model", a.model, "checkpoint directory (phalanx make-random-model makes one)")->required();
   app.add_option("--layout", a.layouts,
                  "nodes as RANKSxTHREADS joined by '+': 1x2, 2x1, 1x1+1x1 (TCP over loopback), "
-                 "veth:1x1+1x1 (TCP over a veth pair); several are measured in turn")->delimiter(',');
+                 "veth:1x1+1x1 (TCP over a veth pair), tls:veth:1x1+1x1 (the same under TLS); several are "
+                 "measured in turn, and the cost of TLS is printed where both are there")->delimiter(',');
   app.add_option("--tp", a.tp, "without --layout: ranks of one node")->check(CLI::Range(1, 64));
   app.add_option("--threads", a.threads, "without --layout: per rank; 0: cores divided by ranks")->check(CLI::Range(0, 1024));
   app.add_option("--batch", a.batches, "numbers of requests at once")->delimiter(',')->check(CLI::Range(1, 4096));
@@ -329,6 +366,7 @@ int bench_engine(int argc, char** argv) {
     print_layout(a, layouts[i], results[i]);
     everything.push_back({{"layout", layouts[i].name}, {"rounds", results[i]}});
   }
+  print_cost_of_tls(a, layouts, results);
   if (!a.json_path.empty()) {
     std::ofstream file(a.json_path);
     file << everything.dump(1) << '\n';
