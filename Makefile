@@ -1,7 +1,7 @@
 # The front door. It only calls CMake presets and scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: help build demo serve test test-clients test-long fuzz oracle bench bench-load bench-peers connections format lint install clean
+.PHONY: help build demo serve test test-clients test-long fuzz attack oracle bench bench-load bench-peers connections format lint install clean
 
 help:
 	@echo "make build            build/release/phalanx (installs what is missing first)"
@@ -10,7 +10,8 @@ help:
 	@echo "make test             unit, system, ASan+UBSan and TSan tests"
 	@echo "make test-clients     Hugging Face, Triton, litellm, langchain, schemathesis (installs them)"
 	@echo "make test-long        a prompt of 32,768 tokens against its reference"
-	@echo "make fuzz             damaged headers, indices, GGUF files and config.json, 10 minutes"
+	@echo "make fuzz             damaged frames, plans, tables, certificates, headers, configs; FUZZ_SECONDS=45 each"
+	@echo "make attack           strangers at the ports of two nodes under load, 5 minutes, ASan; ATTACK_SECONDS=300"
 	@echo "make oracle           remakes tests/oracle/data (needs torch and transformers)"
 	@echo "make bench            memory, kernels, collectives, engine; tables in bench/RESULTS.md"
 	@echo "make bench-load       loading beside plain reading and memcpy"
@@ -39,11 +40,19 @@ test-clients: build
 test-long: build
 	@PHALANX_LONG_TEST=1 build/release/rooms/models/models_test --gtest_filter='LongPrompt.*'
 
+FUZZ_SECONDS ?= 45
 fuzz:
 	@scripts/setup --tests
 	@scripts/build dev
-	@PHALANX_FUZZ_SECONDS=150 build/dev/rooms/weights/weights_test --gtest_filter='HeaderFuzz.*'
-	@PHALANX_FUZZ_SECONDS=150 build/dev/rooms/models/models_test --gtest_filter='ConfigFuzz.*'
+	@for test in rooms/weights/weights rooms/models/models rooms/net/net rooms/comm/comm \
+	  rooms/cluster/cluster rooms/engine/engine apps/apps; do \
+	  PHALANX_FUZZ_SECONDS=$(FUZZ_SECONDS) build/dev/$${test}_test --gtest_filter='*Fuzz*' || exit 1; \
+	done
+
+attack:
+	@scripts/setup --tests
+	@scripts/build dev
+	@PHALANX_BIN=build/dev/phalanx build/venv/bin/python tests/attack.py
 
 PYTHON ?= python3
 oracle:

@@ -1,9 +1,14 @@
 """Authorities, certificates, keys and revocation lists for tests, good and bad, made on the spot."""
+import base64
+import dataclasses
 import datetime
+import hashlib
 import ipaddress
+import os
 import pathlib
 
 from cryptography import x509
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -35,9 +40,22 @@ def put(path, text, mode=0o400):
     return path
 
 
-def key_pem(key):
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                             serialization.NoEncryption())
+def key_pem(key, password=None):
+    how = (serialization.BestAvailableEncryption(password.encode()) if password
+           else serialization.NoEncryption())
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how)
+
+
+def password_file(password, store):
+    """As docs/security.md has it; `store` is the text of a key store."""
+    key = base64.b64decode(store.removeprefix("PHXKEY1:"))
+    nonce = os.urandom(12)
+    sealed = nonce + AESGCM(key).encrypt(nonce, password.encode(), b"PHXPASS1")
+    return f"PHXPASS1:{hashlib.sha256(key).hexdigest()[:8]}:{base64.b64encode(sealed).decode()}\n"
+
+
+def key_store():
+    return "PHXKEY1:" + base64.b64encode(os.urandom(32)).decode()
 
 
 class Authority:
@@ -83,23 +101,76 @@ def pem(certificate):
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
+@dataclasses.dataclass
+class PlaneFiles:
+    """Where config.json's defaults look for the files of one plane."""
+    name: str
+    certificate: pathlib.Path
+    key: pathlib.Path
+    authority: pathlib.Path
+    revocations: pathlib.Path
+    password: pathlib.Path
+    client: bool = False  # its certificate is shown to other servers too
+
+    def all(self):
+        return (self.certificate, self.key, self.authority, self.revocations)
+
+
+def plane_files(home):
+    """The three HTTPS planes, and the traffic between nodes."""
+    security = pathlib.Path(home) / "security"
+    planes = {}
+    for name, folder, ca in (("business", "", "ca.pem"), ("management", "management", "management_ca.pem"),
+                             ("metrics", "metrics", "metrics_ca.pem")):
+        planes[name] = PlaneFiles(name, security / "certs" / folder / "server.pem",
+                                  security / "keys" / folder / "server.key.pem",
+                                  security / "ca" / ca,
+                                  security / folder / "certs" / "server_crl.pem",
+                                  security / "pass" / folder / "key_pwd.txt")
+    grpc = security / "grpc"
+    planes["between nodes"] = PlaneFiles(
+        "between nodes", grpc / "certs/server.pem", grpc / "keys/server.key.pem", grpc / "ca/ca.pem",
+        grpc / "certs/server_crl.pem", grpc / "pass/mindie_server_key_pwd.txt", True)
+    return planes
+
+
+def lay_out_plane(files, authority, address="127.0.0.1"):
+    """Good files for one plane; returns its certificate."""
+    key = new_key()
+    addresses = [address] if isinstance(address, str) else list(address)
+    certificate = authority.issue(f"{files.name} of {addresses[0]}", key, addresses,
+                                  client=files.client)
+    put(files.certificate, pem(certificate))
+    put(files.key, key_pem(key))
+    put(files.authority, authority.pem())
+    put(files.revocations, authority.revocation_list())
+    return certificate
+
+
+def close_folders(home):
+    """Modes that the check of the installation asks for."""
+    home = pathlib.Path(home)
+    home.chmod(0o750)
+    for folder in [home / "security", *(p for p in (home / "security").rglob("*") if p.is_dir())]:
+        folder.chmod(0o700)
+
+
+def client_files(folder, authority, common_name="client", **order):
+    """A client's certificate and key, and the authority: (certificate file, key file, authority file)."""
+    folder = pathlib.Path(folder)
+    key = order.pop("key", None) or new_key()
+    certificate = order.pop("certificate", None) or authority.issue(
+        common_name, key, **{"server": False, "client": True, **order})
+    return (put(folder / "client.pem", pem(certificate)), put(folder / "client.key.pem", key_pem(key)),
+            put(folder / "ca.pem", authority.pem()))
+
+
 def lay_out_planes(home, authority, address="127.0.0.1"):
     """Certificates of the three HTTPS planes where config.json's defaults look for them, and a
     client's; returns (client certificate file, client key file, authority file)."""
     home = pathlib.Path(home)
-    for plane, folder, ca in (("", "certs", "ca.pem"), ("management", "certs/management", "management_ca.pem"),
-                              ("metrics", "certs/metrics", "metrics_ca.pem")):
-        key = new_key()
-        put(home / "security" / folder / "server.pem",
-            pem(authority.issue(f"{plane or 'business'} plane", key, [address])))
-        put(home / "security" / folder.replace("certs", "keys") / "server.key.pem", key_pem(key))
-        put(home / "security" / "ca" / ca, authority.pem())
-        lists = home / "security" / (f"{plane}/certs" if plane else "certs")
-        put(lists / "server_crl.pem", authority.revocation_list())
-    for folder in [home / "security", *(p for p in (home / "security").rglob("*") if p.is_dir())]:
-        folder.chmod(0o700)
-    key = new_key()
-    client = pem(authority.issue("client", key, server=False, client=True))
-    files = home / "client"
-    return (put(files / "client.pem", client), put(files / "client.key.pem", key_pem(key)),
-            put(files / "ca.pem", authority.pem()))
+    for name, files in plane_files(home).items():
+        if name != "between nodes":
+            lay_out_plane(files, authority, address)
+    close_folders(home)
+    return client_files(home / "client", authority)

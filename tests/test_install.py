@@ -2,6 +2,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import stat
 import subprocess
 
@@ -111,3 +113,19 @@ def test_serve_without_files(tmp_path):
         assert node.wait(5) == 0
     finally:
         node.kill()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd here")
+def test_the_unit_is_sound_and_closed(tmp_path):
+    """What it starts is replaced, since nothing is installed in /opt."""
+    text = (ROOT / "deploy/systemd/phalanx.service").read_text()
+    unit = tmp_path / "phalanx.service"
+    unit.write_text(text.replace("/opt/mindie-service/bin/phalanx", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", unit], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0 and "phalanx.service:" not in done.stdout, done.stdout
+    done = subprocess.run(["systemd-analyze", "security", "--offline=true", unit],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    exposure = float(re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)[1])
+    assert exposure < 2, done.stdout
+    assert "User=phalanx" in text and "ExecStartPre=/opt/mindie-service/bin/phalanx check" in text

@@ -131,15 +131,16 @@ class Instance:
     """Nodes 127.0.0.1, 127.0.0.2, ... with `devices[i]` ranks each, made by the product's own
     generators. A context manager: leaving it kills whatever is still there."""
 
-    def __init__(self, folder, model, devices, settings=(), name="demo"):
+    def __init__(self, folder, model, devices, settings=(), name="demo", addresses=None,
+                 ports=None):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = model
         self.name = name
         self.devices = list(devices)
-        self.addresses = [f"127.0.0.{i + 1}" for i in range(len(self.devices))]
-        (self.port, self.management_port, self.metrics_port, self.node_port) = free_ports(
-            4, self.addresses)
+        self.addresses = addresses or [f"127.0.0.{i + 1}" for i in range(len(self.devices))]
+        (self.port, self.management_port, self.metrics_port, self.node_port) = \
+            ports or free_ports(4, self.addresses)
         self.table_file = self.folder / "ranktable.json"
         self.config_file = self.folder / "config.json"
         self.nodes = {}
