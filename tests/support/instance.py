@@ -132,7 +132,7 @@ class Instance:
     generators. A context manager: leaving it kills whatever is still there."""
 
     def __init__(self, folder, model, devices, settings=(), name="demo", addresses=None,
-                 ports=None):
+                 ports=None, weights=None):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = model
@@ -145,7 +145,8 @@ class Instance:
         self.config_file = self.folder / "config.json"
         self.nodes = {}
         hosts = ",".join(f"{a}:{d}" for a, d in zip(self.addresses, self.devices))
-        self._make("ranktable", "make", "--hosts", hosts, "-o", self.table_file)
+        shares = ("--weights", ",".join(map(str, weights))) if weights else ()
+        self._make("ranktable", "make", "--hosts", hosts, *shares, "-o", self.table_file)
         model_key = "BackendConfig.ModelDeployConfig.ModelConfig[0]"
         defaults = [f"{model_key}.npuMemSize=1",
                     "BackendConfig.ModelDeployConfig.maxSeqLen=4096",
