@@ -108,6 +108,7 @@ def test_two_commands_give_tls_everywhere(tmp_path, model):
 
 def strangers(instance, client):
     """TLS 1.2, no certificate, a certificate for clients of HTTPS, garbage: the control port closes."""
+    silent = socket.create_connection(("127.0.0.1", instance.node_port), 5)
     for change in ("none", "old", "client"):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
@@ -122,6 +123,10 @@ def strangers(instance, client):
                 with context.wrap_socket(raw) as wrapped:
                     wrapped.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
                     assert wrapped.recv(1), "closed"
+    with silent:  # a handshake that does not come has 5 s
+        silent.settimeout(15)
+        with contextlib.suppress(ConnectionError):
+            assert silent.recv(1) == b""
     # More than may be open without a proof: the oldest are closed, the newest is still heard.
     with contextlib.ExitStack() as stack:
         many = [stack.enter_context(socket.create_connection(("127.0.0.1", instance.node_port), 5))

@@ -9,14 +9,15 @@ import contextlib
 import json
 import os
 import random
-import select
 import socket
 import ssl
 import struct
 import sys
+import threading
 import time
 
 SHARE = 0.09                # of a core, so that it stays below a tenth
+STRANGERS = 8               # at work at once
 OPEN_AT_ONCE = 150
 TLS_RECORD_OF_16_MB = b"\x16\x03\x03\xff\xff"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
@@ -43,6 +44,9 @@ class Attackers:
         self.slow = []               # (socket, bytes left)
         self.held = collections.deque()
         self.random = random.Random(7)
+        self.lock = threading.Lock()
+        self.on = threading.Event()
+        self.begun = self.cpu_mark = 0.0
         self.node = None
         if certificate:
             self.node = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -59,9 +63,11 @@ class Attackers:
             return None
 
     def hold(self, raw):
-        self.held.append(raw)
-        while len(self.held) > OPEN_AT_ONCE:
-            self.held.popleft().close()
+        with self.lock:
+            self.held.append(raw)
+            gone = self.held.popleft() if len(self.held) > OPEN_AT_ONCE else None
+        if gone:
+            gone.close()
 
     def one(self):
         kinds = ["random bytes", "truncated hello", "oversized record", "half-open", "slow handshake",
@@ -83,7 +89,8 @@ class Attackers:
                 raw.sendall(struct.pack("<QIIIIQ32s", 0x315854414E4C4850, 1, 1, 0, 2, 1, os.urandom(32)))
             elif kind == "slow handshake":
                 raw.sendall(HELLO[:10])
-                self.slow.append([raw, HELLO[10:]])
+                with self.lock:
+                    self.slow.append([raw, HELLO[10:]])
                 return
             elif kind == "broken frames of a node":
                 raw.settimeout(1)
@@ -100,42 +107,55 @@ class Attackers:
 
     def drip(self):
         """Slow handshakes go on by a byte each."""
-        for entry in self.slow[:]:
+        with self.lock:
+            slow, self.slow = self.slow, []
+        going = []
+        for raw, rest in slow:
             try:
-                entry[0].send(entry[1][:1])
-                entry[1] = entry[1][1:]
+                raw.send(rest[:1])
+                going.append([raw, rest[1:]])
             except OSError:
-                entry[1] = b""
-            if not entry[1]:
-                self.slow.remove(entry)
-                entry[0].close()
-        while len(self.slow) > OPEN_AT_ONCE:
-            self.slow.pop(0)[0].close()
+                going.append([raw, b""])
+        done = [entry for entry in going if not entry[1]] + going[:-OPEN_AT_ONCE]
+        for raw, _ in done:
+            raw.close()
+        with self.lock:
+            self.slow += [entry for entry in going if entry not in done]
+
+    def pause(self):
+        """Until the share of a core is kept again."""
+        ahead = ((time.process_time() - self.cpu_mark) / SHARE - (time.monotonic() - self.begun))
+        time.sleep(min(max(ahead, 0.001), 0.5))
+
+    def stranger(self):
+        while True:
+            self.on.wait()
+            self.one()
+            self.pause()
+
+    def dripper(self):
+        while True:
+            self.on.wait()
+            self.drip()
+            time.sleep(0.2)
 
     def run(self):
-        on = False
         seconds = cpu = 0.0
-        last_drip = begun = mark = 0.0
-        while True:
-            if not on or select.select([sys.stdin], [], [], 0)[0]:
-                word = sys.stdin.readline().strip()
-                if on:
-                    seconds += time.monotonic() - begun
-                    cpu += time.process_time() - mark
-                on = word == "on"
-                begun, mark = time.monotonic(), time.process_time()
-                if word in ("end", ""):
-                    break
-                print(word, flush=True)
-                continue
-            now = time.monotonic()
-            if now - last_drip > 0.2:
-                last_drip = now
-                self.drip()
-            self.one()
-            ahead = (time.process_time() - mark) / SHARE - (time.monotonic() - begun)
-            time.sleep(min(max(ahead, 0.001), 0.5))
-        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "did": dict(self.counts)}))
+        for work in [self.stranger] * STRANGERS + [self.dripper]:
+            threading.Thread(target=work, daemon=True).start()
+        for word in map(str.strip, sys.stdin):
+            if self.on.is_set():
+                seconds += time.monotonic() - self.begun
+                cpu += time.process_time() - self.cpu_mark
+            self.begun, self.cpu_mark = time.monotonic(), time.process_time()
+            if word == "on":
+                self.on.set()
+            else:
+                self.on.clear()
+            if word == "end":
+                break
+            print(word, flush=True)
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "did": dict(self.counts)}), flush=True)
 
 
 if __name__ == "__main__":
