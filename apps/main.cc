@@ -10,6 +10,7 @@
 #include "apps/certs.h"
 #include "apps/check.h"
 #include "apps/config_make.h"
+#include "apps/doctor.h"
 #include "apps/hccn.h"
 #include "apps/import.h"
 #include "apps/make_random_model.h"
@@ -37,6 +38,7 @@ constexpr Command kCommands[] = {
     {"run", run_main, "offline inference with the options of run_pa"},
     {"ranktable", ranktable_main, "make, check or show a rank table"},
     {"check", check_main, "everything a start needs, without loading; exit status 0 or 1"},
+    {"doctor", doctor_main, "every pair of nodes measured before a start, and a predicted speed"},
     {"certs", certs_main, "an authority and certificates for all nodes; renew, revoke, import, show"},
     {"hccn", hccn_main, "the addresses and links of this node, in the words of hccn_tool"},
     {"config", config_main, "write a config.json"},

@@ -1,0 +1,273 @@
+#include "apps/doctor.h"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "apps/config_environment.h"
+#include "apps/doctor_listen.h"
+#include "apps/doctor_predict.h"
+#include "apps/doctor_probe.h"
+#include "apps/doctor_report.h"
+#include "phalanx/cluster/join_check.h"
+#include "phalanx/net/address.h"
+
+namespace phalanx::apps {
+namespace {
+
+using nlohmann::json;
+
+constexpr double kDialSeconds = 2;
+constexpr double kDescribeSeconds = 30;  // digests of a large tokenizer
+constexpr double kMemorySeconds = 0.5;
+constexpr double kMemoryAnswerSeconds = 30;
+constexpr double kProbeSeconds = 60;
+constexpr double kNoticeSeconds = 5;
+constexpr int kEveryCount = 4;  // nodes, up to which memory is measured with 1, 2, ... of them
+
+struct Arguments {
+  DoctorOptions options;
+  std::string address;
+  bool listen = false;
+  bool as_json = false;
+  double seconds = 600;
+  double wait = 30;
+  double context = 144;
+};
+
+void notice(const std::string& text) {
+  fmt::print(stderr, "doctor: {}\n", text);
+  std::fflush(stderr);
+}
+
+// --address, MIES_CONTAINER_IP, HOST_IP; else the table's address of this machine, and of several
+// (loopback) the first whose doctor's port is free.
+int find_self(const Arguments& a) {
+  const cluster::RankTable& table = a.options.table;
+  const Environment environment = process_environment();
+  const std::string named = variable(environment, "MIES_CONTAINER_IP");
+  const std::string host = variable(environment, "HOST_IP");
+  if (!a.address.empty())
+    return cluster::find_own_server(table, a.address, a.address, a.options.table_path);
+  if (!named.empty() || !host.empty())
+    return cluster::find_own_server(table, named, host, a.options.table_path);
+  int first = -1;
+  for (int i = 0; i < static_cast<int>(table.servers.size()); ++i) {
+    const std::string& address = a.options.address(i);
+    if (!net::is_local(address)) continue;
+    if (first < 0) first = i;
+    if (net::port_problem(address, static_cast<uint16_t>(a.options.port)).empty()) return i;
+  }
+  if (first >= 0) return first;
+  return cluster::find_own_server(table, "", "", a.options.table_path);  // says what there is
+}
+
+int listen(const Arguments& a) {
+  const DoctorListener listener(a.options);
+  const std::string& own = a.options.address(a.options.own_server);
+  std::string ports;
+  for (const DoctorPort& p : listener.ports()) {
+    if (p.problem.empty() && ports.size() < 200) ports += fmt::format(" {}", p.port);
+    if (!p.problem.empty()) notice(fmt::format("taken: {}", p.problem));
+  }
+  if (!a.options.tls_problem.empty()) notice("certificates: " + a.options.tls_problem);
+  fmt::print("doctor: listening on {} ports{} for {} s, for {} other node{} of the rank table\n", own,
+             ports, a.seconds, a.options.table.servers.size() - 1,
+             a.options.table.servers.size() == 2 ? "" : "s");
+  std::fflush(stdout);
+  const Deadline end = Deadline::in_seconds(a.seconds);
+  int64_t strangers = 0;
+  Deadline next = Deadline::in_seconds(30);
+  while (!end.passed()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(end.poll_ms(200) + 1));
+    if (listener.strangers() != strangers) {
+      if (strangers == 0)
+        notice("turned away: connections or datagrams from addresses outside the rank table");
+      strangers = listener.strangers();
+    }
+    if (!next.passed()) continue;
+    next = Deadline::in_seconds(30);
+    if (listener.sessions() == 0)
+      notice("no other doctor has asked yet; start one: phalanx doctor --rank-table FILE");
+  }
+  fmt::print("doctor: {} s are over; {} connections were served\n", a.seconds, listener.sessions());
+  return 0;
+}
+
+// Asks one node, over a connection of its own.
+json ask(const DoctorOptions& options, int server, const json& question, double seconds) {
+  DoctorStream stream = dial_doctor(options, server, Deadline::in_seconds(kDialSeconds));
+  return stream.ask(question, Deadline::in_seconds(seconds));
+}
+
+NodeReport describe(const DoctorOptions& options, int server) {
+  const json reply = ask(options, server, {{"op", "describe"}}, kDescribeSeconds);
+  const auto version = reply.find("doctor");
+  if (version == reply.end() || *version != kDoctorVersion)
+    throw Error(Code::kFailedPrecondition,
+                "its doctor is of another version; install the same one on all nodes");
+  return node_report_from_json(reply, server);
+}
+
+// Asks all until all have answered or the wait is over.
+void describe_all(const Arguments& a, DoctorReport& report) {
+  const Deadline end = Deadline::in_seconds(a.wait);
+  Deadline next = Deadline::in_seconds(kNoticeSeconds);
+  for (;;) {
+    std::string missing;
+    for (NodeReport& node : report.nodes) {
+      if (!node.build.empty()) continue;
+      try {
+        node = describe(a.options, node.server);
+      } catch (const std::exception& e) {
+        node.error = e.what();
+        missing += fmt::format("{}{} ({})", missing.empty() ? "" : ", ",
+                               a.options.address(node.server), node.error);
+      }
+    }
+    if (missing.empty() || end.passed()) return;
+    if (next.passed()) {
+      notice("waiting for " + missing);
+      next = Deadline::in_seconds(kNoticeSeconds);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  }
+}
+
+void measure_memory_of(const Arguments& a, int together, bool all, NodeReport& node) {
+  try {
+    const json reply = ask(a.options, node.server, {{"op", "memory"}, {"seconds", kMemorySeconds}},
+                           kMemoryAnswerSeconds);
+    const double speed = reply.at("bytes_per_s").get<double>();
+    if (speed > 0) node.read_together[together] = speed;
+    if (all) node.read_bytes_per_s = speed;
+    node.flops_per_s = reply.at("flops_per_s").get<double>();
+    node.memory_problem = cluster::printable(reply.at("problem").get<std::string>(), 500);
+  } catch (const std::exception& e) {
+    node.memory_problem = e.what();
+  }
+}
+
+// The master alone, then more and more nodes at once, at last all, as they will read when they serve.
+void measure_memories(const Arguments& a, DoctorReport& report) {
+  notice("measuring memory bandwidth, at last of all nodes at once");
+  std::vector<int> order;  // of servers, by their first rank
+  for (int rank = 0; rank < report.table.world_size; ++rank)
+    if (const int server = report.table.server_of_rank(rank);
+        std::find(order.begin(), order.end(), server) == order.end())
+      order.push_back(server);
+  const auto count = static_cast<int>(order.size());
+  for (int together = 1; together <= count; ++together) {
+    if (together > 1 && together < count && count > kEveryCount) continue;
+    std::vector<std::thread> threads;
+    for (int i = 0; i < together; ++i) {
+      NodeReport& node = report.nodes[static_cast<size_t>(order[static_cast<size_t>(i)])];
+      if (node.error.empty())
+        threads.emplace_back([&a, &node, together, count] {
+          measure_memory_of(a, together, together == count, node);
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+}
+
+void measure_links(const Arguments& a, DoctorReport& report) {
+  const size_t count = report.nodes.size() * (report.nodes.size() - 1);
+  for (const NodeReport& from : report.nodes) {
+    for (const NodeReport& to : report.nodes) {
+      if (from.server == to.server || !from.error.empty()) continue;
+      notice(fmt::format("{} measures the way to {} ({} of {})", a.options.address(from.server),
+                         a.options.address(to.server), report.links.size() + 1, count));
+      std::vector<DoctorPort> ports = to.ports;
+      if (!to.error.empty()) ports = {{a.options.port, "doctor", ""}};
+      LinkReport link{.from = from.server, .to = to.server};
+      try {
+        link = link_report_from_json(
+            ask(a.options, from.server,
+                {{"op", "probe"}, {"to", to.server}, {"ports", to_json(ports)}}, kProbeSeconds),
+            from.server, to.server);
+      } catch (const std::exception& e) {
+        link.error = e.what();
+      }
+      report.links.push_back(std::move(link));
+    }
+  }
+}
+
+int examine(const Arguments& a) {
+  DoctorReport report{.table = a.options.table, .own_server = a.options.own_server};
+  report.certs = !a.options.certs.empty();
+  for (int i = 0; i < static_cast<int>(report.table.servers.size()); ++i)
+    report.nodes.push_back({.server = i});
+  std::unique_ptr<DoctorListener> own;
+  if (net::port_problem(a.options.address(a.options.own_server),
+                        static_cast<uint16_t>(a.options.port))
+          .empty())
+    own = std::make_unique<DoctorListener>(a.options);
+  else
+    notice(fmt::format("{} port {} is taken: by a listener of this node, it is hoped",
+                       a.options.address(a.options.own_server), a.options.port));
+  describe_all(a, report);
+  measure_memories(a, report);
+  measure_links(a, report);
+  judge(report);
+  if (!a.options.model.empty()) predict(report, a.options.model, a.context);
+  if (a.as_json)
+    fmt::print("{}\n", doctor_json(report));
+  else
+    fmt::print("{}", doctor_text(report));
+  return report.problems.empty() ? 0 : 1;
+}
+
+}  // namespace
+
+int doctor_main(int argc, char** argv) {
+  Arguments a;
+  DoctorOptions& o = a.options;
+  o.port = kDoctorPort;
+  o.control_port = 1120;
+  CLI::App app{
+      "Measures every pair of nodes before anything is started: ports, TLS, clocks, packets, latency, "
+      "bandwidth, loss, versions, files, memory. 'phalanx doctor --listen --rank-table FILE' must run "
+      "on the other nodes. Exit status 0, or 1 if there is a problem.",
+      "phalanx doctor"};
+  app.add_option("--rank-table", o.table_path, "rank table; by default RANK_TABLE_FILE");
+  app.add_flag("--listen", a.listen, "answer the doctor of another node, then end by itself");
+  app.add_option("--model", o.model, "checkpoint directory: files are compared, speed is predicted");
+  app.add_option("--certs", o.certs, "certificates between nodes, as of phalanx serve --certs");
+  app.add_flag("--json", a.as_json, "the report as JSON on stdout");
+  app.add_option("--address", a.address, "own address in the rank table; by default MIES_CONTAINER_IP, "
+                 "HOST_IP, or the one that this machine has");
+  app.add_option("--port", o.port, "the doctor's own port (TCP and UDP), the same on all nodes")
+      ->check(CLI::Range(1, 65535))->capture_default_str();
+  app.add_option("--control-port", o.control_port, "multiNodesInferPort")
+      ->check(CLI::Range(1, 65535))->capture_default_str();
+  app.add_option("--seconds", a.seconds, "with --listen: how long")
+      ->check(CLI::Range(1.0, 86400.0))->capture_default_str();
+  app.add_option("--wait", a.wait, "seconds to wait for listeners that do not answer")
+      ->check(CLI::Range(0.0, 3600.0))->capture_default_str();
+  app.add_option("--context", a.context, "positions in the cache, for the prediction")
+      ->check(CLI::Range(1.0, 1e7))->capture_default_str();
+  CLI11_PARSE(app, argc, argv);
+  const Environment environment = process_environment();
+  NodeConfig config;
+  Problems problems;
+  if (o.table_path.empty()) o.table_path = rank_table_path(environment, config);
+  if (o.table_path.empty())
+    throw Error(Code::kInvalidArgument,
+                "no rank table. Fix: --rank-table FILE, or export RANK_TABLE_FILE");
+  o.table = cluster::load_rank_table(o.table_path);
+  read_environment(environment, config, problems);
+  problems.throw_if_any("environment");
+  o.data_begin = config.data_port_begin;
+  o.data_end = config.data_port_end;
+  o.own_server = find_self(a);
+  load_doctor_certificates(o);
+  return a.listen ? listen(a) : examine(a);
+}
+
+}  // namespace phalanx::apps
