@@ -111,6 +111,33 @@ TEST(Grammars, RefuseWhatCannotBeFollowedSoon) {
 }
 
 // Either is fine, but neither may take long.
+TEST(Grammars, EveryEndTokenEnds) {
+  const Fixture f;
+  const int32_t ends[] = {f.end, f.end - 1};
+  const Grammars grammars(*f.tokenizer, f.vocab, ends);
+  for (const int32_t end : ends) {
+    const auto walker = grammars.compile({Kind::kRegex, "a"});
+    EXPECT_FALSE(Fixture::allows(f.mask(*walker), end));
+    walker->accept(f.tokenizer->encode("a", false)[0]);
+    EXPECT_TRUE(Fixture::allows(f.mask(*walker), end));
+    walker->accept(end);
+    EXPECT_TRUE(walker->ended());
+  }
+}
+
+TEST(Grammars, CountsBeyondTheBoundAreNamed) {
+  const Fixture f;
+  try {
+    (void)f.grammars.compile({Kind::kJsonSchema, R"({"properties":{"a":{"type":"array","minItems":100001}}})"});
+    FAIL() << "compiled";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), Code::kInvalidArgument);
+    EXPECT_NE(std::string(error.what()).find("minItems: found 100001, expected at most 100000"),
+              std::string::npos)
+        << error.what();
+  }
+}
+
 TEST(Grammars, LargeOnesCompileOrAreRefusedSoon) {
   const Fixture f;
   std::string deep = R"({"type":"string"})";
@@ -126,6 +153,8 @@ TEST(Grammars, LargeOnesCompileOrAreRefusedSoon) {
       {Kind::kJsonSchema, deep},
       {Kind::kJsonSchema, wide.dump()},
       {Kind::kJsonSchema, R"({"type":"array","minItems":100000000,"items":{"type":"string"}})"},
+      {Kind::kJsonSchema, R"({"type":"array","minItems":100000,"items":{"type":"string"}})"},
+      {Kind::kJsonSchema, R"({"type":"array","maxItems":100000,"items":{"type":"object"}})"},
       {Kind::kJsonSchema, R"({"type":"string","minLength":100000000})"},
       {Kind::kJsonSchema, R"({"$ref":"#"})"},
       {Kind::kLark, "start: a\na: a a | \"x\""},

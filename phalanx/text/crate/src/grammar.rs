@@ -12,12 +12,15 @@ use crate::tokenizer::Tokenizer;
 pub struct Grammars {
     factory: ParserFactory,
     words: usize,
+    ends: Arc<[u32]>,
 }
 
 /// One sequence's place in a grammar.
 pub struct Walker {
     matcher: Matcher,
     words: usize,
+    /// The matcher knows the first as its end token; the others are as good.
+    ends: Arc<[u32]>,
 }
 
 /// Whitespace between JSON tokens: as people and models write it, but never without end.
@@ -54,7 +57,7 @@ impl Grammars {
                 "end token {beyond} is not in the vocabulary of {vocab}"
             ));
         }
-        let trie = TokTrie::from(&TokRxInfo::new(vocab, first), &words).with_eos_tokens(eos);
+        let trie = TokTrie::from(&TokRxInfo::new(vocab, first), &words);
         let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let mut factory = ParserFactory::new_simple(&environment).map_err(|e| e.to_string())?;
         factory.quiet();
@@ -62,14 +65,15 @@ impl Grammars {
         Ok(Grammars {
             factory,
             words: (vocab as usize).div_ceil(32),
+            ends: eos.into(),
         })
     }
 
     fn compile(&self, kind: &str, text: &str) -> Result<Walker, String> {
         let as_json = || serde_json::from_str::<Json>(text).map_err(|e| e.to_string());
         let grammar = match kind {
-            "json_object" => schema_grammar(json!({"type": "object"})),
-            "json_schema" => schema_grammar(as_json()?),
+            "json_object" => schema_grammar(json!({"type": "object"}))?,
+            "json_schema" => schema_grammar(as_json()?)?,
             "regex" => TopLevelGrammar::from_regex(text),
             "lark" => TopLevelGrammar::from_lark(text.to_string()),
             "choice" => {
@@ -92,18 +96,37 @@ impl Grammars {
         Ok(Walker {
             matcher,
             words: self.words,
+            ends: self.ends.clone(),
         })
     }
 }
 
-fn schema_grammar(mut schema: Json) -> TopLevelGrammar {
+/// Counts that the compiler would write out one by one.
+const COUNTS: [&str; 4] = ["minItems", "maxItems", "minProperties", "maxProperties"];
+const MOST: f64 = 100_000.0;
+
+fn check_counts(schema: &Json) -> Result<(), String> {
+    match schema {
+        Json::Array(all) => all.iter().try_for_each(check_counts),
+        Json::Object(all) => all.iter().try_for_each(|(key, value)| match value.as_f64() {
+            Some(count) if count > MOST && COUNTS.contains(&key.as_str()) => {
+                Err(format!("{key}: found {value}, expected at most {MOST}"))
+            }
+            _ => check_counts(value),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn schema_grammar(mut schema: Json) -> Result<TopLevelGrammar, String> {
+    check_counts(&schema)?;
     if let Some(object) = schema.as_object_mut() {
         object.insert(
             "x-guidance".to_string(),
             json!({"whitespace_pattern": WHITESPACE}),
         );
     }
-    TopLevelGrammar::from_json_schema(schema)
+    Ok(TopLevelGrammar::from_json_schema(schema))
 }
 
 impl Walker {
@@ -116,7 +139,28 @@ impl Walker {
         let given = mask.as_slice();
         let count = given.len().min(out.len()).min(self.words);
         out[..count].copy_from_slice(&given[..count]);
+        let bit = |id: u32| (id as usize / 32, 1u32 << (id % 32));
+        let (word, first) = bit(self.ends[0]);
+        if out[word] & first != 0 {
+            for (word, end) in self.ends.iter().map(|&id| bit(id)) {
+                out[word] |= end;
+            }
+        }
         Ok(())
+    }
+
+    fn accept(&mut self, token: u32) -> Result<(), String> {
+        if self.matcher.is_stopped() && !self.matcher.is_error() {
+            return Ok(()); // the end token after the end
+        }
+        let token = if self.ends.contains(&token) {
+            self.ends[0]
+        } else {
+            token
+        };
+        self.matcher
+            .consume_token(token)
+            .map_err(|e| e.to_string())
     }
 }
 
@@ -172,6 +216,7 @@ pub unsafe extern "C" fn ptx_walker_clone(
         Ok(Box::into_raw(Box::new(Walker {
             matcher: walker.matcher.deep_clone(),
             words: walker.words,
+            ends: walker.ends.clone(),
         })))
     })
 }
@@ -203,15 +248,7 @@ pub unsafe extern "C" fn ptx_walker_accept(
     error: *mut Bytes,
 ) -> bool {
     let mut done = ();
-    guarded(&mut done, error, || {
-        if walker.matcher.is_stopped() && !walker.matcher.is_error() {
-            return Ok(()); // the end token after the end
-        }
-        walker
-            .matcher
-            .consume_token(token)
-            .map_err(|e| e.to_string())
-    })
+    guarded(&mut done, error, || walker.accept(token))
 }
 
 #[no_mangle]
