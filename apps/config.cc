@@ -15,6 +15,7 @@
 #include "apps/certs_layout.h"
 #include "apps/config_environment.h"
 #include "apps/config_file.h"
+#include "apps/config_plugins.h"
 #include "apps/config_security.h"
 #include "apps/config_weights.h"
 #include "phalanx/base/guarded_file.h"
@@ -422,6 +423,8 @@ NodeConfig examine_node_config(const ServeArguments& arguments, const Environmen
   ParallelRequest parallel;
   const bool from_file = arguments.model.empty();
   config.model.aliases = arguments.aliases;
+  if (!arguments.speculative_config.empty())
+    read_speculative_config(arguments.speculative_config, problems, config.ignored, config.plugins);
   if (from_file) {
     // modelName stays the first name; the command line adds others.
     if (arguments.served_model_name)

@@ -66,6 +66,13 @@ struct ScheduleConfig {
   int64_t max_preempt_count = 0, max_queue_delay_us = 5000, max_n = 128;
 };
 
+// What the engine does beside batching; only the master's counts.
+struct PluginConfig {
+  bool prefix_cache = true, chunked_prefill = true;
+  int64_t draft_tokens = 0;                     // speculation by prompt look-up; 0: none
+  int64_t lookup_most = 4, lookup_least = 2;    // tokens of the run that is looked up
+};
+
 // Everything a node needs to start.
 struct NodeConfig {
   std::string config_path;  // empty: started from the command line alone
@@ -74,6 +81,7 @@ struct NodeConfig {
   BackendConfig backend;
   ModelConfig model;
   ScheduleConfig schedule;
+  PluginConfig plugins;
   cluster::RankTable table;  // made up (one server, worldSize ranks) if not multi-node
   int own_server = 0;
   double npu_memory_fraction = 0.8;            // NPU_MEMORY_FRACTION
@@ -105,6 +113,7 @@ struct ServeArguments {
   std::vector<std::string> allowed_origins, allowed_methods, allowed_headers;
   bool allow_credentials = false;
   std::string certs;                             // --certs DIR; empty: the install directory
+  std::string speculative_config;                // --speculative-config JSON
 };
 
 // The settings that all nodes must share, by their key names, for comparison at a join; the digest

@@ -8,6 +8,7 @@
 #include <regex>
 #include <set>
 
+#include "apps/config_plugins.h"
 #include "apps/config_section.h"
 #include "apps/config_security.h"
 #include "phalanx/base/json.h"
@@ -197,7 +198,10 @@ void read_model_entry(const json& object, Reading& reading) {
   only_off(section, "cp", "context");
   only_off(section, "sp", "sequence");
   only_off(section, "pp", "pipeline");
-  section.without_effect({"microbatch_size", "plugin_params", "speculationGamma",
+  if (const json* plugins = section.any("plugin_params"))
+    read_plugin_params(*plugins, section.where("plugin_params"), reading.problems,
+                       reading.config.ignored, reading.config.plugins);
+  section.without_effect({"microbatch_size", "speculationGamma",
                           "async_scheduler_wait_time", "kv_trans_timeout", "kv_link_timeout",
                           "ignore_eos"});
 

@@ -120,7 +120,7 @@ TEST_F(ConfigTest, FullDocumentedFileStarts) {
   backend().update(json::parse(R"({"kvPoolConfig":{"backend":"","configPath":""},
     "interNodeTlsPkPwd":"security/grpc/pass/mindie_server_key_pwd.txt",
     "interNodeKmcKsfMaster":"tools/pmt/master/ksfa","interNodeKmcKsfStandby":"x"})"));
-  model().update(json::parse(R"({"dp":-1,"tp":-1,"plugin_params":"","some_sampling_key":3,
+  model().update(json::parse(R"({"dp":-1,"tp":-1,"plugin_params":"{\"plugin_type\":\"prefix_cache,la\",\"level\":6,\"window\":3}","some_sampling_key":3,
     "models":{"llama":{"chat_template":"{{x}}","enable_reasoning":true,"ep_level":1,
       "tool_call_options":{"tool_call_parser":"hermes"}}}})"));
   schedule().update(json::parse(R"({"stageSelectPolicy":0,"enablePrefixCache":false,
@@ -132,7 +132,7 @@ TEST_F(ConfigTest, FullDocumentedFileStarts) {
   const std::string ignored = joined(config.ignored);
   for (const char* key :
        {"ServerConfig.interCommPort\n", "ServerConfig.HealthCheckConfig.npuUsageThreshold\n",
-        "BackendConfig.kvPoolConfig\n", "ModelConfig[0].plugin_params\n",
+        "BackendConfig.kvPoolConfig\n", "plugin_params.window\n",
         "ModelConfig[0].some_sampling_key (unknown key)\n",
         "ModelConfig[0].models.llama.ep_level\n", "ScheduleConfig.stageSelectPolicy\n",
         "environment variable HCCL_OP_EXPANSION_MODE\n"})

@@ -114,7 +114,15 @@ struct Instance::State {
                               .max_batch = s.max_batch,
                               .max_output_tokens = s.max_output_tokens,
                               .max_step_tokens = plan.max_step_tokens,
+                              .max_step_rows = plan.max_step_rows,
                               .max_queue = 3 * config.server.max_link_num,
+                              .prefix_cache = config.plugins.prefix_cache,
+                              .decode_stretch = config.plugins.chunked_prefill
+                                                    ? engine::EngineOptions{}.decode_stretch
+                                                    : 0,
+                              .draft_tokens = config.plugins.draft_tokens,
+                              .draft_most = config.plugins.lookup_most,
+                              .draft_least = config.plugins.lookup_least,
                               .generation = node.generation()},
         *executor);
     engine->on_failure([this](const Error& error) {
@@ -366,13 +374,25 @@ std::string Instance::status_json() const {
               {"compute_ns", e.compute_ns},
               {"communication_ns", e.communication_ns},
               {"overhead_ns", e.overhead_ns},
-              {"preemptions", e.preemptions}};
+              {"preemptions", e.preemptions},
+              {"running", e.running},
+              {"waiting", e.waiting},
+              {"blocks_total", e.blocks_total},
+              {"blocks_free", e.blocks_free},
+              {"received", e.received},
+              {"succeeded", e.succeeded},
+              {"failed", e.failed},
+              {"draft_tokens", e.draft_tokens},
+              {"accepted_draft_tokens", e.accepted_draft_tokens}};
   }
+  json failure = nullptr;
+  if (const auto found = view().failure) failure = found->what();
   return json{{"generation", s.node.generation()},
               {"world_size", s.config.table.world_size},
               {"nodes", nodes},
               {"ranks", ranks},
-              {"engine", engine}}
+              {"engine", engine},
+              {"failure", failure}}
       .dump();
 }
 

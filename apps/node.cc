@@ -100,7 +100,10 @@ NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
   constexpr int64_t kMostStepTokens = 2048;
   plan.max_step_tokens = std::max(std::min(config.schedule.max_prefill_tokens, kMostStepTokens),
                                   config.schedule.max_batch);
-  plan.max_step_rows = config.schedule.max_batch;
+  // Log-probabilities of prompts take a row of logits per token.
+  constexpr int64_t kLeastStepRows = 32;
+  plan.max_step_rows =
+      std::max(config.schedule.max_batch, std::min(plan.max_step_tokens, kLeastStepRows));
   for (const cluster::Device& device :
        config.table.servers[static_cast<size_t>(config.own_server)].devices)
     plan.local_ranks.push_back(device.rank_id);

@@ -237,6 +237,7 @@ void add_serve_options(CLI::App& app, ServeArguments& arguments) {
          },
          "names in the API; with --model the first is the model's own name, else all are aliases")
       ->expected(1, 16);
+  app.add_option("--speculative-config", a.speculative_config, R"(guesses from the text so far: {"method": "ngram", "num_speculative_tokens": 5})");
   app.add_option("--certs", a.certs, "folder that 'phalanx certs init' filled (else the install directory)");
   app.add_option("--api-key", a.api_keys, "clients must send one of these keys (Authorization: Bearer); better --api-key-file")
       ->expected(1, 1000);

@@ -152,6 +152,34 @@ def test_bias_and_bounds(two_nodes, client):
     assert len(beams.choices) == 2 and "Paris" in beams.choices[0].text + beams.choices[1].text
 
 
+def test_log_probabilities_of_a_prompt(two_nodes, client):
+    """Those of a prompt's tokens are those with which the same tokens are generated, to the last bit,
+    whether or not the prefix cache knows the prompt."""
+    ids = ask(two_nodes, "/tokenize", {"prompt": "The capital of France is Paris, and that of Italy is "
+                                                 "Rome. " * 12})["tokens"]
+    for _ in range(2):
+        answer = client.completions.create(model="demo", prompt=ids, max_tokens=1, echo=True, logprobs=5,
+                                           temperature=0, extra_body={"prompt_logprobs": 5}).choices[0]
+        scores = answer.logprobs
+        assert answer.text.startswith("The capital of France") and len(scores.tokens) == len(ids) + 1
+        assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
+        assert max(scores.token_logprobs[1:]) <= 0 and sum(scores.token_logprobs[30:-1]) > -60
+        for place in (1, 17, len(ids) - 1):
+            best = client.completions.create(model="demo", prompt=ids[:place], max_tokens=1, logprobs=5,
+                                             temperature=0).choices[0].logprobs
+            assert best.top_logprobs[0].items() <= scores.top_logprobs[place].items()
+        listed = answer.model_extra["prompt_logprobs"]
+        assert len(listed) == len(ids) and listed[0] is None
+        for place, entry in enumerate(listed[1:], 1):
+            own = entry[str(ids[place])]
+            assert own["logprob"] == scores.token_logprobs[place] and len(entry) in (5, 6)
+            assert (own["rank"] <= 5) == (len(entry) == 5)
+    pieces = list(client.completions.create(model="demo", prompt=ids[:9], max_tokens=2, echo=True, logprobs=1,
+                                            temperature=0, stream=True))
+    told = [value for piece in pieces for value in piece.choices[0].logprobs.token_logprobs]
+    assert told[1:9] == scores.token_logprobs[1:9] and len(told) == 11
+
+
 def test_unknown_fields_are_ignored_by_name(client):
     raw = client.completions.with_raw_response.create(
         model="demo", prompt="x", max_tokens=1, extra_body={"colour": "blue"})

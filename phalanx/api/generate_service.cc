@@ -168,6 +168,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
     if (!spec_.ignore_eos) stop_ids.insert(stop_ids.end(), eos_ids_.begin(), eos_ids_.end());
     if (request.sampling.seed) *request.sampling.seed += i % static_cast<size_t>(spec_.sequences);
     request.priority = spec_.priority;
+    request.client = spec_.client;
     if (spec_.make_guide) request.sampling.guide = spec_.make_guide();
     if (spec_.sequences > 1) request.sampling.logprobs = std::max(0, request.sampling.logprobs);
     return request;
@@ -196,7 +197,8 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
                           .max_sequence = max_sequence_,
                           .stop_token_ids = request.sampling.stop_token_ids,
                           .logprobs = spec_.sampling.logprobs,
-                          .priority = spec_.priority};
+                          .priority = spec_.priority,
+                          .client = spec_.client};
       auto search = std::make_shared<BeamSearch>(
           std::move(options), engine_, work_,
           // Kept alive by its searches, as by the sinks of other requests.
@@ -278,6 +280,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
           "Failed to get engine response. The request was ended because the service stops"));
     if (event.prompt_tokens > 0) sequence.prompt_tokens = event.prompt_tokens;
     sequence.output_tokens = std::max<int64_t>(sequence.output_tokens, event.output_tokens);
+    queue_ns_ = std::max(queue_ns_, event.queue_ns);
     sequence.cached_tokens = std::max<int64_t>(sequence.cached_tokens, event.cached_tokens);
     if (!started_) {
       started_ = true;
@@ -291,10 +294,11 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
       sequence.cumulative_logprob += event.logprob;
       // A token that stops is not part of the text, unless asked for.
       const bool hidden = event.finish == FinishReason::kStop && !spec_.include_stop;
-      if (!hidden) {
-        text = sequence.stream->push(event.token);
-        if (spec_.sampling.logprobs >= 0 || spec_.want_tokens) sequence.tokens.push_back(piece_of(event));
-      }
+      if (!hidden) text = sequence.stream->push(event.token);
+      // Who scores a prompt counts tokens from the end and needs this one too.
+      const bool listed = !hidden || spec_.sampling.prompt_logprobs >= 0;
+      if (listed && (spec_.sampling.logprobs >= 0 || spec_.want_tokens))
+        sequence.tokens.push_back(piece_of(event));
     }
     if (event.finish != FinishReason::kNone) text += sequence.stream->flush();
     piece.text = std::move(text);
@@ -375,6 +379,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
   // A prompt counts once however many sequences continue it.
   [[nodiscard]] Usage usage() const {
     Usage usage;
+    usage.queue_ms = queue_ns_ / 1000000;
     for (size_t i = 0; i < sequences_.size(); ++i) {
       usage.completion_tokens += sequences_[i].output_tokens;
       if (i % static_cast<size_t>(spec_.sequences) != 0) continue;
@@ -420,6 +425,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
   bool started_ = false;
   std::atomic<bool> over_{false};
   std::atomic<int64_t> progress_ns_;
+  int64_t queue_ns_ = 0;  // the longest of the sequences' waits
 
   std::mutex mutex_;
   std::deque<Item> inbox_;

@@ -31,6 +31,7 @@ struct GenerateSpec {
   bool stream = false;                        // how tokenTimeout counts
   std::optional<double> client_timeout_s;     // the request's own limit
   int32_t priority = 5;                       // 1 to 5
+  std::string client;                         // who takes turns with others: a key's name or an address
   int beam_width = 0;                         // > 0: beam search; the best `sequences` are returned
   double length_penalty = 1;                  // of beam search
   bool want_tokens = false;                   // pieces have their tokens even without logprobs
@@ -63,6 +64,7 @@ struct Piece {
 
 struct Usage {
   int64_t prompt_tokens = 0, completion_tokens = 0, cached_tokens = 0;
+  int64_t queue_ms = 0;  // the longest that one of the sequences waited for its first step
 };
 
 struct Outcome {

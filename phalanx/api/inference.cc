@@ -134,6 +134,9 @@ GenerateSpec spec_of(InferenceCall& call, const SamplingFields& fields) {
   spec.stream = fields.stream;
   spec.client_timeout_s = fields.timeout_s;
   spec.priority = fields.priority;
+  // A key's name, else the address without the port.
+  const HttpRequest& request = call.request;
+  spec.client = !request.user.empty() ? request.user : request.peer.substr(0, request.peer.rfind(':'));
   spec.received = call.received;
   spec.beam_width = fields.beam_search ? fields.beam_width : 0;
   spec.length_penalty = fields.length_penalty;

@@ -183,6 +183,10 @@ std::string Metrics::render(const MetricsView& view) const {
       stats.prompt_tokens);
   add("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", "counter",
       stats.cached_tokens);
+  add("vllm:spec_decode_num_draft_tokens_total", "Number of draft tokens.", "counter",
+      stats.draft_tokens);
+  add("vllm:spec_decode_num_accepted_tokens_total", "Number of draft tokens that were right.",
+      "counter", stats.accepted_draft_tokens);
   histograms("vllm:");
   out += next_token_.render("vllm:inter_token_latency_seconds",
                             "Time between two tokens of a request in seconds.", label);

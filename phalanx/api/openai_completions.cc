@@ -178,8 +178,8 @@ CompletionRequest parse_completion(std::string_view body, const ServiceOptions& 
                               "maxBatchSize {}",
                               choices, out.prompts.size(), out.fields.sequences, options.max_batch));
   out.echo = out.fields.echo;
-  if (out.echo && out.fields.logprobs)
-    throw Refused("echo is not supported together with logprobs");
+  if (out.echo && out.fields.logprobs && out.fields.beam_search)
+    throw Refused("echo with logprobs cannot be used with beam search");
   if (const json* suffix = fields.find("suffix"); suffix != nullptr && *suffix != "")
     throw Refused("suffix is not supported by this endpoint");
   out.ignored = out.fields.ignored;

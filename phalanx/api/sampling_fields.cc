@@ -193,8 +193,10 @@ void read_logprobs(const FieldValues& values, Interface interface, SamplingField
     out->logprobs = wanted.value_or(top.has_value());
     out->sampling.logprobs = out->logprobs ? static_cast<int32_t>(top.value_or(0)) : -1;
   }
-  if (values.integer("prompt_logprobs"))
-    throw Refused("prompt_logprobs is not supported by this endpoint");
+  if (const auto count = values.integer("prompt_logprobs")) {
+    if (out->beam_search) throw Refused("prompt_logprobs cannot be used with beam search");
+    out->sampling.prompt_logprobs = static_cast<int32_t>(*count);
+  }
 }
 
 void read_stream_options(Fields& fields, SamplingFields* out) {

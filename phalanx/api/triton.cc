@@ -70,7 +70,7 @@ class TritonTextAnswer final : public Answer {
       details["first_token_cost"] = nullptr;
       details["decode_cost"] = nullptr;
       details["batch_size"] = batch;
-      details["queue_wait_time"] = 0;
+      details["queue_wait_time"] = step.first ? usage.queue_ms : 0;
       event["details"] = std::move(details);
       event["prefill_time"] = step.first ? OrderedJson(step.ms) : OrderedJson(nullptr);
       event["decode_time"] = step.first ? OrderedJson(nullptr) : OrderedJson(step.ms);
@@ -87,7 +87,9 @@ class TritonTextAnswer final : public Answer {
       details["first_token_cost"] = first_ms_;
       details["decode_cost"] = decode_ms_;
       details["batch_size"] = batches_;
-      details["queue_wait_time"] = std::vector<int64_t>(batches_.size(), 0);
+      std::vector<int64_t> waits(batches_.size(), 0);  // by token: only the first one waits
+      if (!waits.empty()) waits.front() = outcome.usage.queue_ms;
+      details["queue_wait_time"] = waits;
       body["details"] = std::move(details);
     }
     responder_->respond({.body = dump(body), .headers = headers_});

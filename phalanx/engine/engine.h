@@ -32,6 +32,7 @@ struct EngineStats {
   uint64_t received = 0, succeeded = 0, failed = 0, cancelled = 0;
   uint64_t prompt_tokens = 0, output_tokens = 0, steps = 0, preemptions = 0;
   uint64_t cached_tokens = 0;  // of the prompts, found computed in the prefix cache
+  uint64_t draft_tokens = 0, accepted_draft_tokens = 0;         // of speculation
   uint64_t step_ns = 0, compute_ns = 0, communication_ns = 0;  // sums over steps, as rank 0 saw them
   uint64_t overhead_ns = 0;                                     // planning and sampling in the head
 };

@@ -27,6 +27,10 @@ void check_options(const EngineOptions& o) {
   at_least("max_batch", o.max_batch, 1);
   at_least("max_output_tokens", o.max_output_tokens, 1);
   at_least("max_step_tokens", o.max_step_tokens, std::max<int64_t>(1, o.max_batch));
+  if (o.max_step_rows != 0) at_least("max_step_rows", o.max_step_rows, o.max_batch);
+  at_least("draft_tokens", o.draft_tokens, 0);
+  at_least("draft_least", o.draft_least, 1);
+  at_least("draft_most", o.draft_most, o.draft_least);
   at_least("max_queue", o.max_queue, 1);
   if (o.blocks > 0 && o.block_size > 0 && o.blocks > INT32_MAX / o.block_size) {
     problems.add({.what = "the KV cache has more slots than a 32-bit slot number can name",

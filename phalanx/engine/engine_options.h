@@ -15,11 +15,18 @@ struct EngineOptions {
   int64_t max_batch = 200;             // maxBatchSize: sequences running
   int64_t max_output_tokens = 512;     // maxIterTimes
   int64_t max_step_tokens = 0;         // of the ranks' buffers; >= max_batch; longer prompts are chunked
-                                       // (StepLimits: max_tokens this, max_rows max_batch)
+                                       // (StepLimits: max_tokens this)
+  int64_t max_step_rows = 0;           // of the ranks' logits (StepLimits: max_rows); >= max_batch, or 0:
+                                       // max_batch
   int64_t max_queue = 2000;            // waiting requests
   bool prefix_cache = true;            // sequences share the blocks of equal beginnings
   double decode_stretch = 1.6;         // how much longer a step may take for prompts beside running
                                        // sequences (PrefillPace); 0: as long as it takes
+  int64_t draft_tokens = 0;            // speculation by prompt look-up: at most that many per sequence and
+                                       // step, 0: none
+  int64_t draft_most = 4;              // tokens of the run that is looked up, at most and at least
+  int64_t draft_least = 2;
+  int64_t draft_batch = 16;            // no drafts while more sequences than this decode
   uint64_t generation = 1;
   double step_seconds = 600;           // longest wait for one step
   double idle_plan_seconds = 20;       // an idle plan keeps the links checked

@@ -30,7 +30,10 @@ struct Engine::State {
   void end_all(FinishReason reason, const std::optional<Error>& error);
   void retire();
   void deliver();
+  void take_rows(const PlannedRows& rows, std::span<const float> logits);
+  void score(Sequence& sequence, std::span<const float> row);
   void sample(Sequence& sequence, std::span<const float> row);
+  void finish_not_finite(Sequence& sequence, int32_t position);
   void compute_step();
   void idle_step();
   void publish_stats();

@@ -39,7 +39,7 @@ inline EngineOptions small_options() {
 
 inline StepLimits limits_of(const EngineOptions& o) {
   return {.max_tokens = o.max_step_tokens,
-          .max_rows = o.max_batch,
+          .max_rows = std::max(o.max_step_rows, o.max_batch),
           .max_sequence = o.max_sequence,
           .blocks = o.blocks,
           .block_size = o.block_size,

@@ -18,8 +18,11 @@ Engine::State::State(const EngineOptions& options, StepExecutor& executor)
                  .max_prefill_batch = options.max_prefill_batch,
                  .max_prefill_tokens = options.max_prefill_tokens,
                  .max_step_tokens = options.max_step_tokens,
+                 .max_step_rows = std::max(options.max_step_rows, options.max_batch),
                  .share_prefixes = options.prefix_cache,
-                 .decode_stretch = options.decode_stretch}),
+                 .decode_stretch = options.decode_stretch,
+                 .draft_batch = options.draft_tokens > 0 ? options.draft_batch : 0,
+                 .lookup = {.most = options.draft_most, .least = options.draft_least}}),
       sampler(options.vocab_size) {
   stats.blocks_total = stats.blocks_free = options.blocks;
 }
@@ -126,17 +129,21 @@ void Engine::State::compute_step() {
   const int64_t answered = now_ns();
   last_plan = Clock::now();
   scheduler.advance(timing.total_ns);
-  const auto sampled = scheduler.sampled();
   const auto vocab = static_cast<size_t>(options.vocab_size);
-  if (logits.size() != sampled.size() * vocab) {
+  size_t wanted = 0;
+  for (const PlannedRows& rows : scheduler.rows()) wanted += static_cast<size_t>(rows.count);
+  if (logits.size() != wanted * vocab) {
     throw Error(Code::kInternal,
                 fmt::format("step {} returned {} logits, expected {} rows of {}", next_step - 1,
-                            logits.size(), sampled.size(), vocab));
+                            logits.size(), wanted, vocab));
   }
   bool any_finished = false;
-  for (size_t row = 0; row < sampled.size(); ++row) {
-    sample(*sampled[row], logits.subspan(row * vocab, vocab));
-    any_finished |= sampled[row]->finished;
+  std::span<const float> rest = logits;
+  for (const PlannedRows& rows : scheduler.rows()) {
+    const size_t size = static_cast<size_t>(rows.count) * vocab;
+    take_rows(rows, rest.first(size));
+    rest = rest.subspan(size);
+    any_finished |= rows.sequence->finished;
   }
   if (any_finished) retire();
   ++counted.steps;
@@ -154,6 +161,49 @@ void Engine::State::idle_step() {
   last_plan = Clock::now();
 }
 
+void Engine::State::take_rows(const PlannedRows& rows, std::span<const float> logits) {
+  Sequence& s = *rows.sequence;
+  const auto vocab = static_cast<size_t>(options.vocab_size);
+  for (int32_t i = 0; i < rows.count && !s.finished; ++i) {
+    const int32_t position = rows.position + i;
+    const auto row = logits.subspan(static_cast<size_t>(i) * vocab, vocab);
+    if (s.to_score() && position == s.scored) score(s, row);
+    if (s.finished || position != s.length() - 1) continue;
+    sample(s, row);
+    // The next row counts if its guess is what was sampled.
+    if (i + 1 < rows.count) {
+      if (s.finished || s.tokens.back() != s.draft[static_cast<size_t>(i)]) break;
+      scheduler.accept_draft(s);
+    }
+  }
+  if (s.draft.empty()) return;
+  const auto most = static_cast<int32_t>(options.draft_tokens);
+  const int32_t right = s.length() - rows.position - 2;  // sampled, but the last, were guessed
+  if (right == 0) s.draft_limit = std::max(1, s.draft_limit / 2);
+  if (right == static_cast<int32_t>(s.draft.size())) s.draft_limit = std::min(most, 2 * s.draft_limit);
+}
+
+// The log-probability of the prompt's next token that has none yet.
+void Engine::State::score(Sequence& s, std::span<const float> row) {
+  PromptLogprob result;
+  const int32_t token = s.tokens[static_cast<size_t>(s.scored) + 1];
+  if (!sampler.score(row, token, s.params.prompt_logprobs, &result))
+    return finish_not_finite(s, s.scored + 1);
+  s.prompt_scores.push_back(std::move(result));
+  ++s.scored;
+}
+
+void Engine::State::finish_not_finite(Sequence& s, int32_t position) {
+  GenerateEvent event = event_of(s);
+  event.finish = FinishReason::kError;
+  event.error = Error(
+      Code::kInternal,
+      fmt::format("the model's logits for the token at position {} are not finite numbers; only "
+                  "this request is affected",
+                  position));
+  finish(s, std::move(event));
+}
+
 void Engine::State::sample(Sequence& s, std::span<const float> row) {
   const SampleResult result =
       sampler.sample(row,
@@ -164,15 +214,10 @@ void Engine::State::sample(Sequence& s, std::span<const float> row) {
                       .counts = s.counts ? &*s.counts : nullptr},
                      &top);
   if (!result.valid) {
+    if (result.error.empty()) return finish_not_finite(s, s.length());
     GenerateEvent event = event_of(s);
     event.finish = FinishReason::kError;
-    event.error = Error(
-        Code::kInternal,
-        !result.error.empty()
-            ? result.error
-            : fmt::format("the model's logits for the token at position {} are not finite numbers; "
-                          "only this request is affected",
-                          s.length()));
+    event.error = Error(Code::kInternal, result.error);
     finish(s, std::move(event));
     return;
   }
@@ -184,6 +229,7 @@ void Engine::State::sample(Sequence& s, std::span<const float> row) {
   ++counted.output_tokens;
   GenerateEvent event = event_of(s);
   event.token = result.token;
+  event.prompt = std::exchange(s.prompt_scores, {});
   if (s.params.logprobs >= 0) {
     event.logprob = result.logprob;
     event.top = top;
@@ -207,6 +253,7 @@ GenerateEvent Engine::State::event_of(const Sequence& s) const {
   event.prompt_tokens = s.prompt_count;
   event.output_tokens = s.outputs();
   event.cached_tokens = s.cached_tokens;
+  event.queue_ns = s.queue_ns;
   return event;
 }
 
@@ -273,6 +320,8 @@ void Engine::State::publish_stats() {
   counted.blocks_free = scheduler.pool().free();
   counted.preemptions = scheduler.preemptions();
   counted.cached_tokens = scheduler.cached_tokens();
+  counted.draft_tokens = scheduler.drafts();
+  counted.accepted_draft_tokens = scheduler.accepted_drafts();
   stats = counted;
 }
 

@@ -50,7 +50,8 @@ struct GenerateRequest {
   std::string id;                    // unique among running requests
   std::vector<int32_t> prompt;       // token ids, not empty
   SamplingParams sampling;
-  int32_t priority = 5;              // 1 (first) to 5
+  int32_t priority = 5;              // 1 (first) to 5; a lower one waits for all higher ones
+  std::string client;                // whose turn it counts as; clients of one priority take turns
 };
 
 enum class FinishReason { kNone, kStop, kLength, kCancelled, kError };
@@ -81,6 +82,7 @@ struct GenerateEvent {
   int32_t prompt_tokens = 0;          // usage so far
   int32_t output_tokens = 0;
   int32_t cached_tokens = 0;
+  int64_t queue_ns = 0;               // from submission to the first step
 };
 
 // Where the events of one request go. Called on the engine thread; must not block. The event with

@@ -118,6 +118,28 @@ SampleResult Sampler::sample(std::span<const float> logits, const SampleRequest&
   return result;
 }
 
+bool Sampler::score(std::span<const float> logits, int32_t token, int32_t count,
+                    PromptLogprob* out) {
+  PHALANX_CHECK(static_cast<int64_t>(logits.size()) == vocab_size_);
+  const Maximum max = scan(logits);
+  if (!max.valid) return false;
+  const double lse = log_sum_exp(logits, max.value);
+  const float own = logits[static_cast<size_t>(token)];
+  const auto logprob = [&](float logit) {
+    return static_cast<float>(static_cast<double>(logit) - lse);
+  };
+  out->token = token;
+  out->logprob = logprob(own);
+  const auto before = logits.begin() + token;
+  out->rank = static_cast<int32_t>(
+      1 + std::count_if(logits.begin(), before, [&](float l) { return l >= own; }) +
+      std::count_if(before + 1, logits.end(), [&](float l) { return l > own; }));
+  if (count == 0) return true;
+  select_top(logits, std::min<int64_t>(count, vocab_size_));
+  for (const Candidate& c : candidates_) out->top.push_back({c.id, logprob(c.value)});
+  return true;
+}
+
 std::span<const float> Sampler::adjust(std::span<const float> logits,
                                        const SampleRequest& request) {
   const SamplingParams& params = *request.params;

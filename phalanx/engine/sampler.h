@@ -73,6 +73,10 @@ class Sampler {
   // logits: [vocab_size]. top: receives the params->logprobs most probable tokens, best first.
   SampleResult sample(std::span<const float> logits, const SampleRequest& request,
                       std::vector<TokenLogprob>* top);
+  // What the logits say of `token`, with the `count` most probable ones. False: NaN, +inf, or no token
+  // with a finite logit.
+  [[nodiscard]] bool score(std::span<const float> logits, int32_t token, int32_t count,
+                           PromptLogprob* out);
 
  private:
   struct Candidate {

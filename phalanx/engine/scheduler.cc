@@ -3,8 +3,15 @@
 #include <algorithm>
 
 #include "phalanx/base/check.h"
+#include "phalanx/base/clock.h"
 
 namespace phalanx::engine {
+
+namespace {
+
+constexpr size_t kKnownClients = 4096;
+
+}  // namespace
 
 Scheduler::Scheduler(const SchedulerOptions& options)
     : options_(options),
@@ -13,14 +20,29 @@ Scheduler::Scheduler(const SchedulerOptions& options)
              .share_prefixes = options.share_prefixes}),
       pace_(options.decode_stretch) {
   running_.reserve(static_cast<size_t>(options.max_batch));
-  sampled_.reserve(static_cast<size_t>(options.max_batch));
+  rows_.reserve(static_cast<size_t>(options.max_batch));
 }
 
 int64_t Scheduler::blocks_for(int64_t tokens) const {
   return (tokens + options_.block_size - 1) / options_.block_size;
 }
 
-void Scheduler::add(std::unique_ptr<Sequence> sequence) { waiting_.push_back(std::move(sequence)); }
+// Every client's sequences get turns that rise from the newest one that began, so those of a client
+// with many waiting lie between those of others.
+void Scheduler::add(std::unique_ptr<Sequence> sequence) {
+  if (turns_.size() >= kKnownClients)
+    std::erase_if(turns_, [&](const auto& client) { return client.second <= turn_; });
+  uint64_t& last = turns_[sequence->client];
+  last = std::max(last, turn_) + 1;
+  sequence->turn = last;
+  const auto before = [](const auto& a, const auto& b) {
+    if (a->begun != b->begun) return a->begun;
+    return a->priority != b->priority ? a->priority < b->priority : a->turn < b->turn;
+  };
+  // Those that ran before keep their own order at the front; this one never ran.
+  const auto at = std::upper_bound(waiting_.begin(), waiting_.end(), sequence, before);
+  waiting_.insert(at, std::move(sequence));
+}
 
 void Scheduler::preempt_youngest() {
   std::unique_ptr<Sequence> victim = std::move(running_.back());
@@ -28,6 +50,7 @@ void Scheduler::preempt_youngest() {
   pool_.release(victim->blocks);
   victim->computed = 0;
   victim->published = 0;
+  victim->draft.clear();
   ++preemptions_;
   waiting_.push_front(std::move(victim));
 }
@@ -71,6 +94,8 @@ bool Scheduler::take_blocks(Sequence& s) {
                       : PrefixIndex::root(s.salt);
   if (!s.begun) {
     s.begun = true;
+    s.queue_ns = now_ns() - s.submitted_ns;
+    turn_ = std::max(turn_, s.turn);
     s.cached_tokens = std::min(s.computed, s.prompt_count);
     cached_tokens_ += static_cast<uint64_t>(s.cached_tokens);
   }
@@ -83,14 +108,28 @@ int64_t Scheduler::share_of(const Sequence& prompt) const {
   return std::max<int64_t>(0, pace_.budget(decodes_) - prompt_tokens_);
 }
 
+// Tokens of the next piece of a prompt, at most `share`, at least 1; takes the rows that it needs.
+int32_t Scheduler::take_piece(Sequence& s, int64_t share) {
+  int64_t count = std::min<int64_t>(share, s.length() - s.computed);
+  if (!s.to_score()) {
+    if (s.computed + count == s.length()) --rows_left_;
+  } else if (s.computed < s.scored) {  // computed again
+    count = std::min<int64_t>(count, s.scored - s.computed);
+  } else {
+    count = std::min(count, rows_left_);
+    rows_left_ -= count;
+  }
+  return static_cast<int32_t>(count);
+}
+
 // Waiting sequences that begin in this step.
 void Scheduler::admit(int64_t prefills, int64_t budget) {
   while (!waiting_.empty() && running() < options_.max_batch &&
          prefills < options_.max_prefill_batch) {
     Sequence& next = *waiting_.front();
     const int64_t share = std::min(budget, share_of(next));
-    if (share <= 0 || !take_blocks(next)) return;
-    next.planned = static_cast<int32_t>(std::min<int64_t>(share, next.length() - next.computed));
+    if (share <= 0 || rows_left_ <= 0 || !take_blocks(next)) return;
+    next.planned = take_piece(next, share);
     budget -= next.planned;
     prompt_tokens_ += next.planned;
     ++prefills;
@@ -101,9 +140,10 @@ void Scheduler::admit(int64_t prefills, int64_t budget) {
 
 bool Scheduler::plan(StepPlanWriter& writer) {
   const bool crowded = make_room();
-  decodes_ = prompt_tokens_ = 0;
+  decodes_ = prompt_tokens_ = draft_tokens_ = 0;
   first_begun_ns_ = INT64_MAX;
   for (const auto& s : running_) {
+    s->draft.clear();
     if (s->computed != s->length() - 1) continue;
     s->planned = 1;
     ++decodes_;
@@ -111,33 +151,73 @@ bool Scheduler::plan(StepPlanWriter& writer) {
   }
   int64_t budget =
       std::min(options_.max_prefill_tokens, options_.max_step_tokens - decodes_);
+  rows_left_ = options_.max_step_rows - decodes_;
   int64_t prefills = 0;
   for (const auto& s : running_) {
     if (s->planned > 0) continue;
     const int64_t share = std::min(budget, share_of(*s));
-    if (share <= 0 || prefills >= options_.max_prefill_batch) continue;
-    s->planned = static_cast<int32_t>(std::min<int64_t>(share, s->length() - s->computed));
+    if (share <= 0 || rows_left_ <= 0 || prefills >= options_.max_prefill_batch) continue;
+    s->planned = take_piece(*s, share);
     budget -= s->planned;
     prompt_tokens_ += s->planned;
     ++prefills;
   }
   if (!crowded) admit(prefills, budget);
+  draft();
 
-  sampled_.clear();
+  rows_.clear();
   bool any = false;
   for (const auto& s : running_) {
     if (s->planned == 0) continue;
     any = true;
-    const int32_t context = s->computed + s->planned;
-    const bool sample = context == s->length();
-    writer.add_sequence(std::span<const int32_t>(s->tokens)
-                            .subspan(static_cast<size_t>(s->computed),
-                                     static_cast<size_t>(s->planned)),
-                        context, s->blocks, static_cast<int32_t>(options_.block_size), sample,
-                        s->tag);
-    if (sample) sampled_.push_back(s.get());
+    write(writer, *s);
   }
   return any;
+}
+
+// Guesses for the sequences that decode, where the step has room for them.
+void Scheduler::draft() {
+  if (decodes_ == 0 || decodes_ > options_.draft_batch) return;
+  int64_t room = std::min(options_.max_step_tokens - decodes_ - prompt_tokens_, rows_left_);
+  for (const auto& s : running_) {
+    if (s->planned != 1 || s->computed != s->length() - 1 || s->outputs() == 0) continue;
+    const int64_t most = std::min<int64_t>({s->draft_limit, s->max_outputs - s->outputs() - 1, room});
+    if (most <= 0) continue;
+    draft_by_lookup(s->tokens, options_.lookup, most, s->draft);
+    const int64_t missing =
+        blocks_for(s->length() + std::ssize(s->draft)) - std::ssize(s->blocks);
+    if (missing > 0 && (missing * 4 > pool_.free() || !pool_.allocate(missing, s->blocks)))
+      s->draft.resize(static_cast<size_t>(
+          std::ssize(s->blocks) * options_.block_size - s->length()));
+    const int64_t count = std::ssize(s->draft);
+    s->planned += static_cast<int32_t>(count);
+    room -= count;
+    draft_tokens_ += count;
+  }
+  drafts_ += static_cast<uint64_t>(draft_tokens_);
+}
+
+void Scheduler::write(StepPlanWriter& writer, Sequence& s) {
+  const int32_t context = s.computed + s.planned;
+  if (!s.draft.empty()) {
+    drafted_.assign({s.tokens.back()});
+    drafted_.insert(drafted_.end(), s.draft.begin(), s.draft.end());
+    writer.add_scored_sequence(drafted_, context, s.blocks,
+                               static_cast<int32_t>(options_.block_size), s.tag);
+    rows_.push_back({&s, s.computed, s.planned});
+    return;
+  }
+  const auto tokens = std::span<const int32_t>(s.tokens)
+                          .subspan(static_cast<size_t>(s.computed), static_cast<size_t>(s.planned));
+  const auto block_size = static_cast<int32_t>(options_.block_size);
+  if (s.to_score() && s.computed >= s.scored) {
+    writer.add_scored_sequence(tokens, context, s.blocks, block_size, s.tag);
+    rows_.push_back({&s, s.computed, s.planned});
+    return;
+  }
+  const bool sample = context == s.length();
+  writer.add_sequence(tokens, context, s.blocks, block_size, sample, s.tag);
+  if (sample) rows_.push_back({&s, context - 1, 1});
 }
 
 // The blocks that its computed tokens fill.
@@ -151,9 +231,9 @@ void Scheduler::publish(Sequence& s) {
 }
 
 void Scheduler::advance(int64_t ns) {
-  if (ns > 0) pace_.observe(decodes_, prompt_tokens_, ns);
+  if (ns > 0) pace_.observe(decodes_ + draft_tokens_, prompt_tokens_, ns);
   for (const auto& s : running_) {
-    s->computed += s->planned;
+    s->computed += s->planned - static_cast<int32_t>(s->draft.size());
     s->planned = 0;
     if (pool_.shares_prefixes()) publish(*s);
   }

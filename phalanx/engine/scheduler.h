@@ -4,10 +4,13 @@
 #include <deque>
 #include <memory>
 #include <span>
+#include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "phalanx/engine/block_pool.h"
 #include "phalanx/engine/prefill_pace.h"
+#include "phalanx/engine/prompt_lookup.h"
 #include "phalanx/engine/sequence.h"
 #include "phalanx/engine/step_plan.h"
 
@@ -20,11 +23,22 @@ struct SchedulerOptions {
   int64_t max_prefill_batch = 0;   // sequences in prefill in one step
   int64_t max_prefill_tokens = 0;  // prompt tokens in one step
   int64_t max_step_tokens = 0;     // all tokens in one step, >= max_batch
+  int64_t max_step_rows = 0;       // rows of logits in one step, >= max_batch
   bool share_prefixes = false;
   double decode_stretch = 0;       // PrefillPace; 0: no bound
+  int64_t draft_batch = 0;         // drafts only while at most that many sequences decode; 0: none
+  PromptLookup lookup = {};
 };
 
-// Who computes what in the next step. First come, first served.
+// Rows of logits that a plan asks for: those of `count` neighbouring tokens of one sequence.
+struct PlannedRows {
+  Sequence* sequence = nullptr;
+  int32_t position = 0;  // of the first token
+  int32_t count = 0;
+};
+
+// Who computes what in the next step. Higher priorities first; within one the clients that wait take
+// turns, and each client's own are served as they came.
 //
 // A step holds one token of every sequence that decodes, and, in what is left of max_step_tokens,
 // prompts: those begun first, then waiting ones as long as blocks, max_batch and the prefill limits
@@ -33,12 +47,20 @@ struct SchedulerOptions {
 // what PrefillPace allows, unless all of them began after the prompt had come: a burst of prompts
 // is computed at full speed.
 //
+// A prompt whose log-probabilities are wanted needs a row of logits per token, so its pieces are no
+// longer than the rows that are left.
+//
+// With speculation a sequence that decodes takes guesses of its next tokens into the step, as far as
+// tokens, rows and blocks are left, each with its row. Which of them are right the engine says
+// (accept_draft()); a draft that is all right doubles the sequence's next, one that is all wrong halves
+// it.
+//
 // A sequence begins with the blocks that are published for its first tokens, and publishes its own
 // as they fill. The last token is always computed, for its logits.
 //
 // A waiting sequence enters when all blocks of its tokens are free; after that it takes one block
 // at a time. When none is free, the youngest running sequence gives its blocks up and goes back to
-// the head of the queue, to be computed again from its first token; since its tokens stay and
+// the head of the queue, before all that never ran, to be computed again from its first token; since its tokens stay and
 // sampling depends on (seed, position) alone, its output does not change. The oldest always
 // advances, because every accepted sequence fits the pool alone.
 //
@@ -47,14 +69,16 @@ class Scheduler {
  public:
   explicit Scheduler(const SchedulerOptions& options);
 
-  // Joins the queue; tags rise.
+  // Joins the queue.
   void add(std::unique_ptr<Sequence> sequence);
   // Writes the next step's sequences. Returns false when there is nothing to compute.
   bool plan(StepPlanWriter& writer);
-  // Sequences whose logits the plan asks for, in the order of its rows.
-  [[nodiscard]] std::span<Sequence* const> sampled() const { return sampled_; }
+  // The logits that the plan asks for, in the order of its rows.
+  [[nodiscard]] std::span<const PlannedRows> rows() const { return rows_; }
   // The planned step has been computed in `ns` (0: unknown).
   void advance(int64_t ns);
+  // The first guess of `sequence` that was not accepted yet is what was sampled, and so is computed.
+  void accept_draft(Sequence& sequence) { ++sequence.computed, ++accepted_drafts_; }
   // Moves the finished ones out; their blocks return.
   void collect(std::vector<std::unique_ptr<Sequence>>& finished);
 
@@ -68,6 +92,8 @@ class Scheduler {
   [[nodiscard]] int64_t waiting() const { return std::ssize(waiting_); }
   [[nodiscard]] const BlockPool& pool() const { return pool_; }
   [[nodiscard]] uint64_t preemptions() const { return preemptions_; }
+  [[nodiscard]] uint64_t drafts() const { return drafts_; }
+  [[nodiscard]] uint64_t accepted_drafts() const { return accepted_drafts_; }
   // Prompt tokens that did not have to be computed.
   [[nodiscard]] uint64_t cached_tokens() const { return cached_tokens_; }
 
@@ -78,19 +104,27 @@ class Scheduler {
   [[nodiscard]] bool take_blocks(Sequence& sequence);
   void publish(Sequence& sequence);
   [[nodiscard]] int64_t share_of(const Sequence& prompt) const;
+  [[nodiscard]] int32_t take_piece(Sequence& sequence, int64_t share);
   void admit(int64_t prefills, int64_t budget);
+  void draft();
+  void write(StepPlanWriter& writer, Sequence& sequence);
 
   SchedulerOptions options_;
   BlockPool pool_;
-  // Both in order of tags, and every running one is older than every waiting one.
+  // In the order in which they began: the last one gives way.
   std::vector<std::unique_ptr<Sequence>> running_;
+  // Those that ran before, then by (priority, turn).
   std::deque<std::unique_ptr<Sequence>> waiting_;
-  std::vector<Sequence*> sampled_;
+  // The last turn given to each client that has waited lately, and the newest turn that began.
+  std::unordered_map<std::string, uint64_t> turns_;
+  uint64_t turn_ = 0;
+  std::vector<PlannedRows> rows_;
   PrefillPace pace_;
   // Of the step being planned.
-  int64_t decodes_ = 0, prompt_tokens_ = 0;
+  int64_t decodes_ = 0, prompt_tokens_ = 0, draft_tokens_ = 0, rows_left_ = 0;
   int64_t first_begun_ns_ = 0;  // when the oldest of those that decode got its first token
-  uint64_t preemptions_ = 0, cached_tokens_ = 0;
+  std::vector<int32_t> drafted_;  // one sequence's newest token and its draft
+  uint64_t preemptions_ = 0, cached_tokens_ = 0, drafts_ = 0, accepted_drafts_ = 0;
 };
 
 }  // namespace phalanx::engine

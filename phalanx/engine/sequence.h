@@ -22,6 +22,9 @@ struct Sequence {
   uint32_t tag = 0;                 // number in order of admission
   SamplingParams params;
   uint64_t seed = 0;                // drawn at admission if the request had none
+  int32_t priority = 5;
+  std::string client;
+  uint64_t turn = 0;                // place among the waiting ones of its priority
   std::shared_ptr<EventSink> sink;
   std::atomic<bool> cancel_requested{false};
 
@@ -32,6 +35,7 @@ struct Sequence {
 
   int64_t submitted_ns = 0;
   int64_t first_token_ns = 0;       // 0: none yet
+  int64_t queue_ns = 0;             // from submission to the first step
 
   std::vector<int32_t> blocks;      // capacity for the longest this can get
   uint64_t salt = 0;                // differs where equal tokens have other keys and values
@@ -41,11 +45,20 @@ struct Sequence {
   int32_t published = 0;            // blocks
   bool begun = false;               // has been admitted before
 
+  int32_t scored = 0;               // positions of the prompt whose logits gave prompt_scores
+  std::vector<PromptLogprob> prompt_scores;
+
   int32_t computed = 0;
-  int32_t planned = 0;              // tokens in the step being computed
+  int32_t planned = 0;              // tokens in the step being computed, drafts included
+  std::vector<int32_t> draft;       // guesses after the last token, in the step being computed
+  int32_t draft_limit = 0;          // follows how many were right
   bool finished = false;            // its final event is made; leaves at the next collect
 
   [[nodiscard]] int32_t length() const { return static_cast<int32_t>(tokens.size()); }
+  // Some tokens of the prompt still need their log-probability.
+  [[nodiscard]] bool to_score() const {
+    return params.prompt_logprobs >= 0 && scored < prompt_count - 1;
+  }
   [[nodiscard]] int32_t outputs() const { return length() - prompt_count; }
 };
 

@@ -97,6 +97,10 @@ Submission make_sequence(GenerateRequest request, std::shared_ptr<EventSink> sin
   sequence->blocks.reserve(
       static_cast<size_t>((prompt + outputs + o.block_size - 1) / o.block_size));
   sequence->submitted_ns = now_ns();
+  sequence->priority = request.priority;
+  sequence->client = std::move(request.client);
+  sequence->draft_limit = static_cast<int32_t>(o.draft_tokens);
+  sequence->draft.reserve(static_cast<size_t>(o.draft_tokens));
   sequence->reuse_prefix = params.prompt_logprobs < 0;
   if (params.seed) {
     sequence->seed = *params.seed;

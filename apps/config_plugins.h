@@ -1,0 +1,28 @@
+#pragma once
+
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "apps/config.h"
+
+namespace phalanx::apps {
+
+// plugin_params of config.json: an object, or a string with one. Its plugin_type is a comma list of
+//   prefix_cache, splitfuse      on in any case
+//   la                           speculation by prompt look-up, level - 1 tokens (level 3-16, 4)
+//   memory_decoding              the same, decoding_length tokens (1-16, 16)
+//   ngram                        the same, num_speculative_tokens (1-16, 5), looking up runs of
+//                                prompt_lookup_max (1-16, 4) to prompt_lookup_min (1-16, 2) tokens
+//   mtp                          listed as without effect
+// and, of our own, "prefix_cache": false and "chunked_prefill": false turn these off. `where` names
+// the key in messages.
+void read_plugin_params(const nlohmann::json& value, const std::string& where, Problems& problems,
+                        std::vector<std::string>& ignored, PluginConfig& plugins);
+
+// --speculative-config: {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4,
+// "prompt_lookup_min": 2}, as vLLM's.
+void read_speculative_config(const std::string& text, Problems& problems,
+                             std::vector<std::string>& ignored, PluginConfig& plugins);
+
+}  // namespace phalanx::apps

@@ -1,0 +1,71 @@
+#include <gtest/gtest.h>
+
+#include "phalanx/engine/engine_testing.h"
+
+// Who begins when more wait than run: priorities, then clients in turn.
+
+namespace phalanx::engine {
+namespace {
+
+// Answers in the order in which requests get their first token, one at a time.
+std::vector<std::string> order_of(const std::vector<GenerateRequest>& requests) {
+  EngineOptions options = small_options();
+  options.max_batch = 1;
+  options.max_prefill_batch = 1;
+  FakeExecutor executor(options);
+  executor.allow(0);
+  Engine engine(options, executor);
+  std::mutex mutex;
+  std::vector<std::string> order;
+  class Sink final : public EventSink {
+   public:
+    Sink(std::mutex& mutex, std::vector<std::string>& order, std::string id)
+        : mutex_(mutex), order_(order), id_(std::move(id)) {}
+    void on_event(GenerateEvent event) override {
+      EXPECT_GE(event.queue_ns, 0);
+      const std::lock_guard lock(mutex_);
+      if (event.finish != FinishReason::kNone) order_.push_back(id_);
+    }
+
+   private:
+    std::mutex& mutex_;
+    std::vector<std::string>& order_;
+    std::string id_;
+  };
+  // The first holds the only place until all others wait.
+  EXPECT_EQ(engine.submit(request_of("first", {1, 2}, 1), std::make_shared<Recorder>(), nullptr),
+            SubmitResult::kAccepted);
+  executor.wait_for_plans(1);
+  for (const GenerateRequest& request : requests) {
+    auto sink = std::make_shared<Sink>(mutex, order, request.id);
+    EXPECT_EQ(engine.submit(request, std::move(sink), nullptr), SubmitResult::kAccepted);
+  }
+  executor.allow(std::numeric_limits<int64_t>::max());
+  EXPECT_TRUE(engine.drain(Deadline::in_seconds(20)));
+  const std::lock_guard lock(mutex);
+  return order;
+}
+
+GenerateRequest of(const std::string& client, int number, int32_t priority = 5) {
+  GenerateRequest request = request_of(client + std::to_string(number), {number + 1, 3}, 1);
+  request.client = client;
+  request.priority = priority;
+  return request;
+}
+
+TEST(Turns, AClientWithManyDoesNotHoldUpOthers) {
+  EXPECT_EQ(order_of({of("a", 1), of("a", 2), of("a", 3), of("a", 4), of("b", 1), of("b", 2), of("c", 1)}),
+            (std::vector<std::string>{"a1", "b1", "c1", "a2", "b2", "a3", "a4"}));
+}
+
+TEST(Turns, OneClientIsServedAsItCame) {
+  EXPECT_EQ(order_of({of("a", 1), of("a", 2), of("a", 3)}), (std::vector<std::string>{"a1", "a2", "a3"}));
+}
+
+TEST(Turns, HigherPrioritiesComeFirst) {
+  EXPECT_EQ(order_of({of("a", 1), of("b", 1, 3), of("a", 2, 1), of("b", 2), of("a", 3, 1)}),
+            (std::vector<std::string>{"a2", "a3", "b1", "a1", "b2"}));
+}
+
+}  // namespace
+}  // namespace phalanx::engine
