@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "phalanx/api/core.h"
+#include "phalanx/api/page.h"
 #include "phalanx/base/json.h"
 #include "phalanx/base/log.h"
 
@@ -247,6 +248,7 @@ void mount_management(const std::shared_ptr<Core>& core, Server& server) {
     };
   };
   Core* c = core.get();
+  mount_page(core, server);
   get("/v2/health/live", [c](const HttpRequest&) { return live(*c); });
   get("/v2/health/ready", [c](const HttpRequest&) { return ready(*c); });
   get("/health", [c](const HttpRequest&) { return live(*c); });

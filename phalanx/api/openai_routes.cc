@@ -66,6 +66,7 @@ void complete(InferenceCall& call) {
 
 void mount_openai(const std::shared_ptr<Core>& core, Server& server) {
   server.route(kBusiness, "POST", "/v1/chat/completions", inference_handler(core, chat));
+  server.route(kManagement, "POST", "/chat", inference_handler(core, chat));  // of the page
   server.route(kBusiness, "POST", "/v1/completions", inference_handler(core, complete));
 }
 
