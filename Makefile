@@ -1,14 +1,14 @@
 # The front door. It only calls CMake presets and scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: help build demo serve test test-clients test-long fuzz attack oracle bench bench-load bench-peers connections format lint install clean
+.PHONY: help build demo serve test test-clients test-long fuzz attack oracle bench bench-load bench-peers bench-service connections format lint install clean
 
 help:
 	@echo "make build            build/release/phalanx (installs what is missing first)"
 	@echo "make demo             two nodes on this machine answer a question, then stop"
 	@echo "make serve            the same two nodes, and they stay up"
 	@echo "make test             unit, system, ASan+UBSan and TSan tests"
-	@echo "make test-clients     Hugging Face, Triton, litellm, langchain, schemathesis (installs them)"
+	@echo "make test-clients     npm, Hugging Face, Triton, litellm, langchain, lm-eval, schemathesis, promtool, chromium"
 	@echo "make test-long        a prompt of 32,768 tokens against its reference"
 	@echo "make fuzz             damaged frames, plans, tables, certificates, headers, configs; FUZZ_SECONDS=45 each"
 	@echo "make attack           strangers at the ports of two nodes under load, 5 minutes, ASan; ATTACK_SECONDS=300"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench            memory, kernels, collectives, engine; tables in bench/RESULTS.md"
 	@echo "make bench-load       loading beside plain reading and memcpy"
 	@echo "make bench-peers      the same work by llama.cpp, vLLM and OpenVINO; bench/PEERS.md"
+	@echo "make bench-service    what structures cost a step, what prompts that arrive cost others"
 	@echo "make connections      1,000 open streams on two nodes, and more than is allowed"
 	@echo "make install PREFIX=  lays out PREFIX/mindie-service"
 	@echo "make format | lint    clang-format; arrows between rooms and clang-tidy"
@@ -68,6 +69,10 @@ bench-load: build
 
 bench-peers: build
 	@scripts/bench-peers
+
+bench-service: build
+	@scripts/setup --tests
+	@build/venv/bin/python tests/measure_service.py
 
 connections: build
 	@scripts/setup --tests
