@@ -247,9 +247,9 @@ TEST(OpenAi, RefusesWrongCompletions) {
        "The request asks for 17 answers (17 prompts, 1 each), more than maxBatchSize 16"},
       {{{"logprobs", 6}}, "logprobs should be in range [0, 5], got 6."},
       {{{"logprobs", true}}, "logprobs must be unsigned type."},
-      {{{"echo", true}, {"logprobs", 1}, {"use_beam_search", true}, {"n", 2}},
+      {{{"echo", true}, {"logprobs", 1}, {"use_beam_search", true}, {"n", 2}, {"max_tokens", 5}},
        "echo with logprobs cannot be used with beam search"},
-      {{{"prompt_logprobs", 1}, {"use_beam_search", true}, {"n", 2}},
+      {{{"prompt_logprobs", 1}, {"use_beam_search", true}, {"n", 2}, {"max_tokens", 5}},
        "prompt_logprobs cannot be used with beam search"},
       {{{"suffix", "x"}}, "suffix is not supported by this endpoint"},
   };
