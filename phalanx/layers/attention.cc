@@ -19,6 +19,17 @@ Attention::Attention(WeightPlan& plan, const Shape& shape, std::span<const Range
     bias_ = plan.vector({{q_name + ".bias", shape.heads * d, 0, q},
                          {k_name + ".bias", shape.kv_heads * d, 0, kv},
                          {v_name + ".bias", shape.kv_heads * d, 0, kv}});
+  const auto of_cache = [&](const std::string& name, WeightPlan::Values values) {
+    return plan.vector({{name, shape.kv_heads * d, 0, kv}}, values);
+  };
+  if (shape.kv_scales) {
+    k_scale_ = of_cache(k_name + ".kv_cache_scale", WeightPlan::Values::kPositive);
+    v_scale_ = of_cache(v_name + ".kv_cache_scale", WeightPlan::Values::kPositive);
+  }
+  if (shape.kv_scales && shape.kv_offsets) {
+    k_offset_ = of_cache(k_name + ".kv_cache_offset", WeightPlan::Values::kFinite);
+    v_offset_ = of_cache(v_name + ".kv_cache_offset", WeightPlan::Values::kFinite);
+  }
   q_rows_ = {.heads = heads.size(),
              .head_dim = d,
              .eps = shape.norm_eps,
@@ -42,9 +53,16 @@ Attention::Attention(WeightPlan& plan, const Shape& shape, std::span<const Range
 void Attention::forward(ops::Context& ctx, const MatrixView& x, std::span<const int32_t> positions,
                         std::span<const int32_t> slots,
                         std::span<const ops::SequenceSlice> sequences, const ops::RopeTable& rope,
-                        const ops::KvLayer& kv, const MatrixView& qkv,
+                        const ops::KvLayer& cache, const MatrixView& qkv,
                         const MatrixView& out) const {
   if (attention_.q_heads == 0) return;
+  ops::KvLayer kv = cache;
+  if (kv.dtype == DType::kI8 && kv.k_row_scale == nullptr) {
+    kv.k_scale = k_scale_;
+    kv.v_scale = v_scale_;
+    kv.k_offset = k_offset_;
+    kv.v_offset = v_offset_;
+  }
   ops::linear(ctx, x, qkv_, bias_, qkv);
   ops::prepare_heads(ctx, qkv, q_rows_);
   ops::prepare_heads(ctx, qkv, k_rows_);

@@ -26,6 +26,8 @@ class Attention {
     int64_t interleaved = 0;   // leading values of a head whose pairs lie side by side
     double scale = 0;          // of the scores
     int64_t window = 0;        // sliding window in positions, 0 = none
+    bool kv_scales = false;    // of an int8 cache, per channel, are stored
+    bool kv_offsets = false;
   };
   // query_heads: of each rank, in heads. kv_heads: stored on this rank.
   Attention(WeightPlan& plan, const Shape& shape, std::span<const Range> query_heads,
@@ -36,7 +38,8 @@ class Attention {
   [[nodiscard]] const CutColumns& columns() const { return columns_; }
 
   // x: [T, hidden]. qkv: act [T, qkv_columns()], overwritten. out: act [T, heads * head_dim]; only
-  // own columns are written. Stores K and V of all T tokens.
+  // own columns are written. Stores K and V of all T tokens; an int8 cache without scales of its own
+  // takes the checkpoint's.
   void forward(ops::Context& ctx, const MatrixView& x, std::span<const int32_t> positions,
                std::span<const int32_t> slots, std::span<const ops::SequenceSlice> sequences,
                const ops::RopeTable& rope, const ops::KvLayer& kv, const MatrixView& qkv,
@@ -45,6 +48,10 @@ class Attention {
  private:
   ops::PackedLinear qkv_;
   const float* bias_ = nullptr;
+  const float* k_scale_ = nullptr;  // [kv heads stored here * head_dim]
+  const float* v_scale_ = nullptr;
+  const float* k_offset_ = nullptr;
+  const float* v_offset_ = nullptr;
   ops::HeadRows q_rows_;
   ops::HeadRows k_rows_;
   ops::AttentionShape attention_;

@@ -17,10 +17,17 @@ class KvCache {
     int64_t head_dim = 0;
     int64_t block_size = 0;
     tensor::DType dtype = tensor::DType::kBF16;
+    bool row_scales = false;  // int8 with an f32 scale per token and head, in tensors of their own
 
     [[nodiscard]] int64_t bytes_per_block() const {
-      return 2 * layers * kv_heads * head_dim * block_size *
-             static_cast<int64_t>(tensor::dtype_bytes(dtype));
+      return 2 * layers * (values_per_block() + scales_per_block());
+    }
+    // Bytes of a block's keys (or values) in one layer, and of their scales.
+    [[nodiscard]] int64_t values_per_block() const {
+      return kv_heads * head_dim * block_size * static_cast<int64_t>(tensor::dtype_bytes(dtype));
+    }
+    [[nodiscard]] int64_t scales_per_block() const {
+      return row_scales ? kv_heads * block_size * static_cast<int64_t>(sizeof(float)) : 0;
     }
   };
   KvCache() = default;

@@ -55,12 +55,14 @@ LatentAttention::LatentAttention(WeightPlan& plan, const Shape& shape,
   const Range q_rows{own.begin * head, own.end * head};
   if (shape.q_lora_rank > 0) {
     q_norm_ = norm(".q_a_layernorm", shape.q_lora_rank);
+    q_norm_bias_ = plan.norm_bias(shape.name + ".q_a_layernorm", shape.q_lora_rank);
     q_ = plan.linear(
         {{shape.name + ".q_b_proj.weight", shape.heads * head, shape.q_lora_rank, q_rows}});
   } else {
     q_ = plan.linear({{shape.name + ".q_proj.weight", shape.heads * head, shape.hidden, q_rows}});
   }
   kv_norm_ = norm(".kv_a_layernorm", shape.kv_lora_rank);
+  kv_norm_bias_ = plan.norm_bias(shape.name + ".kv_a_layernorm", shape.kv_lora_rank);
   const int64_t period = shape.nope_head_dim + shape.v_head_dim;
   const RowSlice expand{shape.name + ".kv_b_proj.weight", shape.heads * period, shape.kv_lora_rank,
                         {own.begin * period, own.end * period}};
@@ -93,7 +95,7 @@ void LatentAttention::forward(ops::Context& ctx, comm::Group& group, const Matri
   if (q_norm_ != nullptr) {
     const MatrixView q_latent = scratch.q_latent.rows_of(0, tokens);
     ops::rms_norm(ctx, compressed.columns(0, shape_.q_lora_rank), q_norm_, shape_.norm_eps,
-                  q_latent);
+                  q_latent, q_norm_bias_);
     ops::linear(ctx, q_latent, q_, nullptr, q);
   } else {
     ops::linear(ctx, x, q_, nullptr, q);
@@ -105,7 +107,7 @@ void LatentAttention::forward(ops::Context& ctx, comm::Group& group, const Matri
     ops::convert_rows(ctx, q.columns(h * head + shape_.nope_head_dim, shape_.rope_head_dim),
                       rows.columns(h * row_, shape_.rope_head_dim));
   ops::rms_norm(ctx, compressed.columns(shape_.q_lora_rank, shape_.kv_lora_rank), kv_norm_,
-                shape_.norm_eps, latent);
+                shape_.norm_eps, latent, kv_norm_bias_);
   const MatrixView turning = compressed.columns(shape_.q_lora_rank + shape_.kv_lora_rank,
                                                 shape_.rope_head_dim);
   for (const int64_t at : {own_heads_ * row_, (own_heads_ + 1) * row_}) {

@@ -68,6 +68,8 @@ class LatentAttention {
   CutColumns compressed_;
   const float* q_norm_ = nullptr;
   const float* kv_norm_ = nullptr;
+  const float* q_norm_bias_ = nullptr;
+  const float* kv_norm_bias_ = nullptr;
   ops::PackedLinear q_;
   ops::PackedHeads key_;    // [kv_lora_rank, nope] of each head
   ops::PackedHeads value_;  // [v, kv_lora_rank] of each head

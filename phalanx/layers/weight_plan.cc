@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <mutex>
 
 #include "phalanx/layers/widen.h"
@@ -49,6 +50,30 @@ int64_t bytes_of(const quant::LinearFormat& format, const RowSlice& part) {
 std::vector<int64_t> shape_of(const RowSlice& slice) {
   if (slice.cols == 0) return {slice.rows};
   return {slice.rows, slice.cols};
+}
+
+}  // namespace
+
+namespace {
+
+// first: of the values, in the tensor.
+void check_values(WeightPlan::Values wanted, std::span<const float> values, int64_t first,
+                  const std::string& where, Problems& problems) {
+  if (wanted == WeightPlan::Values::kAny) return;
+  const bool positive = wanted == WeightPlan::Values::kPositive;
+  int64_t count = 0;
+  size_t at = 0;
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (std::isfinite(values[i]) && (!positive || values[i] > 0)) continue;
+    if (count++ == 0) at = i;
+  }
+  if (count == 0) return;
+  problems.add({.what = positive ? "scale that cannot be used" : "offset that cannot be used",
+                .where = where,
+                .found = fmt::format("{} of them, the first {} at {}", count, values[at],
+                                     first + static_cast<int64_t>(at)),
+                .expected = positive ? "finite numbers above 0" : "finite numbers",
+                .fix = "the file is damaged or the quantisation failed: make or fetch it again"});
 }
 
 }  // namespace
@@ -216,7 +241,7 @@ MatrixView WeightPlan::rows(RowSlice part) {
   return {.data = data, .dtype = dtype_, .rows = count, .cols = cols, .stride = cols};
 }
 
-const float* WeightPlan::vector(std::vector<RowSlice> parts) {
+const float* WeightPlan::vector(std::vector<RowSlice> parts, Values values) {
   PHALANX_CHECK(parts.front().cols == 0);
   // Biases of quantised layers are added by those layers: zeros stand for them here.
   bool any = false;
@@ -230,8 +255,30 @@ const float* WeightPlan::vector(std::vector<RowSlice> parts) {
   }
   if (!any) return nullptr;
   const int64_t offset = arena_bytes_;
-  const int64_t rows = add_job(Kind::kVector, std::move(parts), offset).rows;
-  return reinterpret_cast<const float*>(place(rows * static_cast<int64_t>(sizeof(float))));
+  Job& job = add_job(Kind::kVector, std::move(parts), offset);
+  job.values = values;
+  return reinterpret_cast<const float*>(place(job.rows * static_cast<int64_t>(sizeof(float))));
+}
+
+std::set<std::string, std::less<>> WeightPlan::names() const {
+  std::set<std::string, std::less<>> names;
+  for (const Job& job : jobs_)
+    for (size_t i = 0; i < job.parts.size(); ++i) {
+      const RowSlice& part = job.parts[i];
+      if (part.name.empty()) continue;
+      if (job.formats[i] == nullptr) {
+        names.insert(part.name);
+        continue;
+      }
+      for (const quant::PartSpec& spec : quant::parts(*job.formats[i], part.rows, part.cols))
+        names.insert(std::string(layer_of(part.name)) + spec.suffix);
+    }
+  return names;
+}
+
+const float* WeightPlan::norm_bias(const std::string& layer, int64_t width) {
+  if (formats_ == nullptr || !formats_->norm_biases.contains(layer)) return nullptr;
+  return vector({{layer + std::string(kBias), width, 0, {0, width}}});
 }
 
 void WeightPlan::verify_part(const Job& job, const RowSlice& part,
@@ -345,7 +392,7 @@ quant::Rows WeightPlan::read_quantised(const RowSlice& part, const quant::Linear
 }
 
 void WeightPlan::load_vector(const Job& job, weights::WeightSource& source,
-                             std::vector<std::byte>& buffer) const {
+                             std::vector<std::byte>& buffer, Problems& problems) const {
   auto* out = reinterpret_cast<float*>(base_ + job.offset);
   for (const RowSlice& part : job.parts) {
     if (part.name.empty()) {
@@ -355,6 +402,9 @@ void WeightPlan::load_vector(const Job& job, weights::WeightSource& source,
       buffer.resize(static_cast<size_t>(part.take.size() * entry.row_bytes()));
       source.read_rows(entry, part.take.begin, part.take.size(), buffer.data());
       widen(buffer.data(), entry.dtype, part.take.size(), out);
+      check_values(job.values, {out, static_cast<size_t>(part.take.size())}, part.take.begin,
+                   fmt::format("{}: tensor {}", source.checkpoint().path_of(entry), part.name),
+                   problems);
     }
     out += part.take.size();
   }
@@ -404,7 +454,7 @@ void WeightPlan::load_piece(const Piece& piece, weights::WeightSource& source,
                             std::vector<std::byte>& buffer, Problems& problems) const {
   const Job& job = *piece.job;
   std::byte* target = base_ + job.offset;
-  if (job.kind == Kind::kVector) return load_vector(job, source, buffer);
+  if (job.kind == Kind::kVector) return load_vector(job, source, buffer, problems);
   if (job.kind == Kind::kLinearF32 || job.kind == Kind::kHeads)
     return load_widened(job, source, problems);
   if (job.kind == Kind::kInput || job.kind == Kind::kOrder) {

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,9 @@ struct RowSlice {
 // made in the same order with the arena as base yields the same places, now with addresses.
 class WeightPlan {
  public:
+  // What the values of a vector may be; others are refused while loading, by name.
+  enum class Values : uint8_t { kAny, kFinite, kPositive };
+
   // dtype: of the float matrices as stored. base: 64-aligned, lent; nullptr: results carry no
   // address. formats: lent; nullptr: a float checkpoint.
   WeightPlan(DType dtype, ops::Isa isa, std::byte* base = nullptr,
@@ -52,7 +56,13 @@ class WeightPlan {
   MatrixView rows(RowSlice part);
   // The parts one after the other, converted to f32 (exactly). Parts have cols 0. nullptr where all of
   // them are biases that belong to quantised layers.
-  const float* vector(std::vector<RowSlice> parts);
+  const float* vector(std::vector<RowSlice> parts, Values values = Values::kAny);
+
+  // The bias of the norm `layer` over `width` values; nullptr where the checkpoint has none.
+  const float* norm_bias(const std::string& layer, int64_t width);
+
+  // Names of all declared tensors; the parts of quantised layers too.
+  [[nodiscard]] std::set<std::string, std::less<>> names() const;
 
   [[nodiscard]] int64_t arena_bytes() const { return arena_bytes_; }
   // Assumes that vectors are stored as the matrices are.
@@ -84,6 +94,7 @@ class WeightPlan {
     int64_t period = 0;
     Range of_head;
     bool transposed = false;
+    Values values = Values::kAny;  // kVector
   };
   struct Piece;
   static void announce(const Piece& piece, weights::WeightSource& source);
@@ -101,7 +112,7 @@ class WeightPlan {
                   std::vector<std::byte>& buffer, Problems& problems) const;
   void load_widened(const Job& job, weights::WeightSource& source, Problems& problems) const;
   void load_vector(const Job& job, weights::WeightSource& source,
-                   std::vector<std::byte>& buffer) const;
+                   std::vector<std::byte>& buffer, Problems& problems) const;
   // Rows of a quantised tensor in the kernels' form; order: of k, where the layer has one.
   [[nodiscard]] static quant::Rows read_quantised(const RowSlice& part,
                                                   const quant::LinearFormat& format, Range rows,

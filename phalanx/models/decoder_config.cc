@@ -123,7 +123,9 @@ DecoderConfig read_decoder(const ConfigReader& config, const DecoderDefaults& de
   info.head_dim = config.integer(
       "head_dim", 2, kMaxWidth,
       defaults.head_dim > 0 ? defaults.head_dim : info.hidden_size / info.num_attention_heads);
-  if (info.head_dim < 2 || info.head_dim % 2 != 0) {
+  // Latent attention has widths of its own; its hidden size need not be one of heads.
+  const bool latent = config.has("qk_rope_head_dim");
+  if (!latent && (info.head_dim < 2 || info.head_dim % 2 != 0)) {
     config.refuse(config.has("head_dim") ? "head_dim" : "hidden_size", "odd head_dim",
                   fmt::format("an even head_dim, not {}", info.head_dim));
     info.head_dim = 2;

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 
 #include "phalanx/base/clock.h"
 #include "phalanx/base/log.h"
 #include "phalanx/models/expert_names.h"
+#include "phalanx/models/kv_format.h"
 
 namespace phalanx::models {
 namespace {
@@ -58,12 +60,15 @@ ops::Context::Options context_options(const ModelInfo& info, const RankLayout& o
           .quantised = info.formats != nullptr};
 }
 
-layers::KvCache::Shape kv_shape(const ModelInfo& info, const RankLayout& own, int64_t block_size) {
+layers::KvCache::Shape kv_shape(const ModelInfo& info, const RankLayout& own,
+                                const ModelOptions& options) {
+  const KvFormat format = kv_format(info, options.kv);
   return {.layers = info.num_layers,
           .kv_heads = own.kv_heads.size(),
           .head_dim = info.head_dim,
-          .block_size = block_size,
-          .dtype = info.act};
+          .block_size = options.block_size,
+          .dtype = format.dtype,
+          .row_scales = format.row_scales};
 }
 
 layers::LatentAttention::Shape latent_shape(const DecoderConfig& config, const std::string& name) {
@@ -112,6 +117,33 @@ layers::ExpertLayout expert_layout(std::span<const RankLayout> layout) {
   return result;
 }
 
+// Names of what all ranks together ask for.
+std::set<std::string, std::less<>> names_of_all(const ModelInfo& info) {
+  layers::WeightPlan plan(info.dtype, ops::Isa::kRef, nullptr, info.formats.get());
+  const std::vector<double> alone = {1.0};
+  const DecoderLayers declared(plan, {.info = info}, plan_layout(info, alone), 0, 0);
+  return plan.names();
+}
+
+// What belongs to a quantised layer and is not needed: the static scales of PDMIX, beside the dynamic
+// ones; shapes, which the model's own replace; the order of columns that are in order.
+bool needless(const ModelInfo& info, std::string_view tensor) {
+  const size_t dot = tensor.rfind('.');
+  if (info.formats == nullptr || dot == std::string_view::npos) return false;
+  const quant::LinearFormat* format = info.formats->find(tensor.substr(0, dot));
+  const std::string_view part = tensor.substr(dot);
+  if (format == nullptr) return false;
+  switch (format->scheme) {
+    case quant::Scheme::kMsW8A8Dynamic:
+      return part == ".input_scale" || part == ".input_offset" || part == ".quant_bias" ||
+             part == ".deq_scale";
+    case quant::Scheme::kMsW8A8: return part == ".bias";
+    case quant::Scheme::kCtPacked: return part == ".weight_shape";
+    case quant::Scheme::kGptq: return part == ".g_idx";
+    default: return false;
+  }
+}
+
 layers::MatrixView rows_or_none(const layers::MatrixView& matrix, int64_t rows) {
   return matrix.rows_of(0, std::min(matrix.rows, rows));
 }
@@ -140,7 +172,8 @@ DecoderLayers::DecoderLayers(layers::WeightPlan& plan, const DecoderConfig& conf
   const auto mlp_rows = ranges(layout, &RankLayout::mlp_rows);
   const Range kv_heads = of_rank(layout, rank).kv_heads;
   const auto norm = [&](const std::string& name) {
-    return plan.vector({{name, info.hidden_size, 0, {0, info.hidden_size}}});
+    return Norm{.weight = plan.vector({{name + ".weight", info.hidden_size, 0, {0, info.hidden_size}}}),
+                .bias = plan.norm_bias(name, info.hidden_size)};
   };
   const auto compressed = ranges(layout, &RankLayout::compressed_rows);
   const auto attention = [&](const std::string& name, size_t layer)
@@ -160,7 +193,9 @@ DecoderLayers::DecoderLayers(layers::WeightPlan& plan, const DecoderConfig& conf
          .norm_eps = config.rms_norm_eps,
          .interleaved = config.rotary.interleaved ? config.rotary.rotary_dim : 0,
          .scale = config.attention_scale,
-         .window = config.windows.empty() ? 0 : config.windows[layer]},
+         .window = config.windows.empty() ? 0 : config.windows[layer],
+         .kv_scales = info.formats != nullptr && info.formats->kv_int8,
+         .kv_offsets = info.formats != nullptr && info.formats->kv_offsets},
         heads, kv_heads, info.act, rank);
   };
   const auto mlp = [&](const std::string& name,
@@ -177,7 +212,7 @@ DecoderLayers::DecoderLayers(layers::WeightPlan& plan, const DecoderConfig& conf
   for (int64_t i = 0; i < info.num_layers; ++i) {
     const std::string name = fmt::format("model.layers.{}.", i);
     const auto index = static_cast<size_t>(i);
-    layers.push_back({.attention_norm = norm(name + "input_layernorm.weight"),
+    layers.push_back({.attention_norm = norm(name + "input_layernorm"),
                       .attention = attention(name + "self_attn", index),
                       .output = layers::ShardedLinear(plan,
                                                       {.name = name + "self_attn.o_proj",
@@ -185,10 +220,10 @@ DecoderLayers::DecoderLayers(layers::WeightPlan& plan, const DecoderConfig& conf
                                                        .k = attention_width(info),
                                                        .bias = info.output_bias},
                                                       hidden, info.act, rank),
-                      .mlp_norm = norm(name + "post_attention_layernorm.weight"),
+                      .mlp_norm = norm(name + "post_attention_layernorm"),
                       .mlp = mlp(name, index)});
   }
-  final_norm = norm("model.norm.weight");
+  final_norm = norm("model.norm");
 }
 
 const layers::CutColumns& DecoderLayers::Layer::attention_columns() const {
@@ -263,7 +298,7 @@ MemoryNeed memory_need(const ModelInfo& info, const ModelOptions& options) {
           .workspace_bytes =
               carver.bytes() + rope_bytes + tables + layers::Vocab::table_bytes(options.max_step_tokens) +
               ops::Context::bytes_for(context_options(info, own, options), options.threads),
-          .kv_bytes_per_block = kv_shape(info, own, options.block_size).bytes_per_block(),
+          .kv_bytes_per_block = kv_shape(info, own, options).bytes_per_block(),
           .read_bytes = plan.read_bytes()};
 }
 
@@ -296,8 +331,10 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
                                             options.rank);
   weights::WeightSource source(checkpoint);
   plan.load(source, pool, progress);
+  const auto of_others = names_of_all(config.info);
   (void)source.finish([&](std::string_view tensor) {
-    return beyond_layers(tensor, config.info.num_layers) ||
+    return beyond_layers(tensor, config.info.num_layers) || needless(config.info, tensor) ||
+           of_others.contains(tensor) ||
            std::any_of(known_extras.begin(), known_extras.end(), [&](std::string_view part) {
              return tensor.find(part) != std::string_view::npos;
            });
@@ -316,7 +353,7 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
 
 void DecoderModel::allocate_kv(int64_t blocks) {
   PHALANX_CHECK(!kv_.allocated() && blocks > 0);
-  kv_ = layers::KvCache(kv_shape(config_.info, own_, options_.block_size), blocks);
+  kv_ = layers::KvCache(kv_shape(config_.info, own_, options_), blocks);
 }
 
 void DecoderModel::forward(const StepInputs& inputs, float* logits) {
@@ -369,7 +406,8 @@ void DecoderModel::run_layers(const StepInputs& inputs) {
 
   // The stored dtype is never wider than act, so a row of the exchange fits one of delta.
   layers_->vocab.embed(ctx_, group_, inputs.tokens, static_cast<std::byte*>(delta.data), residual);
-  ops::rms_norm(ctx_, residual, layers_->layers.front().attention_norm, eps, normed);
+  const DecoderLayers::Norm& first = layers_->layers.front().attention_norm;
+  ops::rms_norm(ctx_, residual, first.weight, eps, normed, first.bias);
   for (size_t i = 0; i < layers_->layers.size(); ++i) {
     const DecoderLayers::Layer& layer = layers_->layers[i];
     const bool last = i + 1 == layers_->layers.size();
@@ -388,11 +426,12 @@ void DecoderModel::run_layers(const StepInputs& inputs) {
     }
     layer.attention_columns().all_gather(group_, attention);
     layer.output.forward(ctx_, group_, attention, delta);
-    ops::add_rms_norm(ctx_, residual, delta, layer.mlp_norm, eps, normed);
+    ops::add_rms_norm(ctx_, residual, delta, layer.mlp_norm.weight, eps, normed,
+                      layer.mlp_norm.bias);
     run_mlp(layer, normed, mlp, delta);
-    ops::add_rms_norm(ctx_, residual, delta,
-                      last ? layers_->final_norm : layers_->layers[i + 1].attention_norm, eps,
-                      normed);
+    const DecoderLayers::Norm& next =
+        last ? layers_->final_norm : layers_->layers[i + 1].attention_norm;
+    ops::add_rms_norm(ctx_, residual, delta, next.weight, eps, normed, next.bias);
   }
 }
 

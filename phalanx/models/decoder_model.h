@@ -21,11 +21,15 @@ namespace phalanx::models {
 
 // The weights of one rank, as layers. Made with a plan without base it only declares.
 struct DecoderLayers {
+  struct Norm {
+    const float* weight = nullptr;  // [hidden]
+    const float* bias = nullptr;    // [hidden], or nullptr
+  };
   struct Layer {
-    const float* attention_norm = nullptr;  // [hidden]
+    Norm attention_norm;
     std::variant<layers::Attention, layers::LatentAttention> attention;
     layers::ShardedLinear output;
-    const float* mlp_norm = nullptr;  // [hidden]
+    Norm mlp_norm;
     std::variant<layers::GatedMlp, layers::Moe> mlp;
 
     // Own columns of the attention's output.
@@ -35,7 +39,7 @@ struct DecoderLayers {
                 std::span<const RankLayout> layout, int64_t max_step_tokens, int rank);
   layers::Vocab vocab;
   std::vector<Layer> layers;
-  const float* final_norm = nullptr;  // [hidden]
+  Norm final_norm;
 };
 
 // The activations of one step.

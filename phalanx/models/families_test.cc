@@ -6,12 +6,12 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
 #include <set>
 
 #include "phalanx/base/sanitizer.h"
 #include "phalanx/models/test_oracle.h"
+#include "phalanx/models/test_table.h"
 
 namespace phalanx::models {
 namespace {
@@ -251,9 +251,6 @@ TEST(FamilyLayers, DenseOnesMustBeWhereTheyAre) {
 
 // --- The table -----------------------------------------------------------------------------------
 
-constexpr std::string_view kBegin = "<!-- table: begin -->\n";
-constexpr std::string_view kEnd = "<!-- table: end -->";
-
 // Families of the guides that are refused by name.
 constexpr std::string_view kNotSupported[] = {"deepseek_v32", "chatglm",   "baichuan", "bloom",
                                               "internlm2",    "internlm3", "phi3",     "telechat",
@@ -298,41 +295,7 @@ std::string table_text() {
   return text;
 }
 
-// Without the measured figures, whose last digit may differ between machines.
-std::string names_of(const std::string& table) {
-  std::string names;
-  size_t begin = 0;
-  while (begin < table.size()) {
-    const size_t end = std::min(table.find('\n', begin), table.size());
-    int column = 0;
-    for (size_t i = begin; i < end; ++i) {
-      column += table[i] == '|' ? 1 : 0;
-      if (column != 4 || table[i] == '|') names += table[i];
-    }
-    names += '\n';
-    begin = end + 1;
-  }
-  return names;
-}
-
-TEST(FamilyTable, IsThatOfTheDocumentation) {
-  const std::string text = table_text();
-  const char* target = std::getenv("PHALANX_WRITE_MODELS_TABLE");
-  const std::string path =
-      target != nullptr ? target : std::string(PHALANX_ORACLE_DIR) + "/../../../docs/models.md";
-  std::string page = read_text_file(path, 1 << 20);
-  const size_t begin = page.find(kBegin);
-  const size_t end = page.find(kEnd);
-  ASSERT_TRUE(begin != std::string::npos && end != std::string::npos && begin < end) << path;
-  const size_t first = begin + kBegin.size();
-  if (target != nullptr) {
-    page.replace(first, end - first, text);
-    std::ofstream(path) << page;
-    return;
-  }
-  EXPECT_EQ(names_of(page.substr(first, end - first)), names_of(text))
-      << "PHALANX_WRITE_MODELS_TABLE=docs/models.md writes it anew";
-}
+TEST(FamilyTable, IsThatOfTheDocumentation) { hold_table("table", table_text()); }
 
 TEST(FamilyTable, OthersAreRefusedByName) {
   for (const std::string_view name : kNotSupported) {

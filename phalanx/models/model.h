@@ -47,7 +47,7 @@ struct Experts {
 struct ModelInfo {
   std::string model_type;
   tensor::DType dtype = tensor::DType::kBF16;  // of the checkpoint
-  tensor::DType act = tensor::DType::kBF16;    // of activations and the KV cache
+  tensor::DType act = tensor::DType::kBF16;    // of activations
   int64_t num_layers = 0;
   int64_t hidden_size = 0;
   int64_t intermediate_size = 0;
@@ -97,6 +97,13 @@ struct MemoryNeed {
   int64_t read_bytes = 0;         // to be read from disk for this rank
 };
 
+// What the KV cache is to hold.
+enum class KvDtype : uint8_t {
+  kCheckpoint,  // int8 where the checkpoint has scales for that (C8), else what activations are
+  kBf16,
+  kInt8,
+};
+
 struct ModelOptions {
   std::string directory;
   ops::Isa isa = ops::Isa::kRef;
@@ -104,6 +111,7 @@ struct ModelOptions {
   int64_t max_step_rows = 0;     // largest number of sample rows in one step
   int64_t max_sequence = 0;      // longest sequence (prompt + output)
   int64_t block_size = 128;
+  KvDtype kv = KvDtype::kCheckpoint;
   std::vector<double> weights;   // of the ranks, for the cut; its size is the world size
   int64_t moe_ep = 1;            // see plan_layout
   int rank = 0;

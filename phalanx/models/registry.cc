@@ -87,6 +87,13 @@ FamilyConfig read_config(const std::string& directory) {
   const Family& family = family_of(reader);
   DecoderConfig config = family.read(reader);
   config.info.formats = weights::read_quant_formats(directory, problems);
+  if (config.info.formats != nullptr && config.info.formats->kv_int8 &&
+      config.info.latent.kv_lora_rank > 0)
+    problems.add({.what = "quantised KV cache (C8) of compressed keys and values has no kernels",
+                  .where = directory,
+                  .found = std::string(family.model_type),
+                  .expected = "C8 with heads of keys and values of their own",
+                  .fix = "use another checkpoint, or one without kv_cache_type"});
   refuse_giants(reader, config.info);
   problems.throw_if_any(fmt::format("model {} cannot be used", directory));
   config.info.model_type = family.model_type;

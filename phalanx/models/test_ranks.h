@@ -80,6 +80,7 @@ struct RunOptions {
   int64_t max_tokens = 512;
   int64_t max_sequence = kTestSequence;
   int64_t moe_ep = 1;
+  KvDtype kv = KvDtype::kCheckpoint;
   std::vector<LoadStats>* load_stats = nullptr;  // receives one per rank
   std::function<void(DecoderConfig&)> change;    // of what config.json says
   // After the steps sequence 0 goes on: this many tokens, each the best of the logits before it.
@@ -109,6 +110,7 @@ inline std::vector<float> run_steps(const RunOptions& options, const std::vector
                                        .max_step_rows = options.max_tokens,
                                        .max_sequence = options.max_sequence,
                                        .block_size = kTestBlock,
+                                       .kv = options.kv,
                                        .weights = options.weights,
                                        .moe_ep = options.moe_ep,
                                        .rank = rank};

@@ -107,25 +107,25 @@ void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const
 }
 
 void rms_norm(Context& ctx, const MatrixView& x, const float* weight, float eps,
-              const MatrixView& out) {
+              const MatrixView& out, const float* bias) {
   check_norm(x, weight, out);
-  if (on_reference(ctx)) return ref::rms_norm(x, weight, eps, out);
-  cpu::add_norm(ctx, x, nullptr, weight, eps, &out);
+  if (on_reference(ctx)) return ref::rms_norm(x, weight, eps, bias, out);
+  cpu::add_norm(ctx, x, nullptr, weight, eps, bias, &out);
 }
 
 void add_rms_norm(Context& ctx, const MatrixView& residual, const MatrixView& delta,
-                  const float* weight, float eps, const MatrixView& out) {
+                  const float* weight, float eps, const MatrixView& out, const float* bias) {
   check_add(residual, delta);
   check_norm(residual, weight, out);
-  if (!on_reference(ctx)) return cpu::add_norm(ctx, residual, &delta, weight, eps, &out);
+  if (!on_reference(ctx)) return cpu::add_norm(ctx, residual, &delta, weight, eps, bias, &out);
   ref::add(residual, delta);
-  ref::rms_norm(residual, weight, eps, out);
+  ref::rms_norm(residual, weight, eps, bias, out);
 }
 
 void add(Context& ctx, const MatrixView& residual, const MatrixView& delta) {
   check_add(residual, delta);
   if (on_reference(ctx)) return ref::add(residual, delta);
-  cpu::add_norm(ctx, residual, &delta, nullptr, 0, nullptr);
+  cpu::add_norm(ctx, residual, &delta, nullptr, 0, nullptr, nullptr);
 }
 
 void rope_and_store(Context& ctx, const MatrixView& qkv, int64_t q_heads, const RopeTable& rope,

@@ -117,13 +117,15 @@ void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const
 
 // --- Rows ------------------------------------------------------------------------------------
 
-// out[T, h] = round_act(x * rsqrt(mean(x^2) + eps) * weight). x: f32 [T, h]; weight f32[h].
+// out[T, h] = round_act(x * rsqrt(mean(x^2) + eps) * weight (+ bias)). x: f32 [T, h]; weight, bias
+// f32[h]; bias nullptr: none.
 // The sum of squares is taken over the whole row in fixed lanes (16 lanes, lane tree 8-4-2-1).
 void rms_norm(Context& ctx, const MatrixView& x, const float* weight, float eps,
-              const MatrixView& out);
+              const MatrixView& out, const float* bias = nullptr);
 // residual[T, h] (f32) += delta[T, h] (act); out = rms_norm(residual).
 void add_rms_norm(Context& ctx, const MatrixView& residual, const MatrixView& delta,
-                  const float* weight, float eps, const MatrixView& out);
+                  const float* weight, float eps, const MatrixView& out,
+                  const float* bias = nullptr);
 // residual += delta.
 void add(Context& ctx, const MatrixView& residual, const MatrixView& delta);
 

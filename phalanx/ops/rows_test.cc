@@ -20,23 +20,26 @@ TEST_P(Rows, NormGivesOneSetOfBits) {
     const Matrix x = random_matrix(DType::kF32, tokens, h, 1, 3.0f, h + 2);
     const Matrix weight = random_matrix(DType::kF32, 1, h, 2);
     const Matrix delta = random_matrix(DType::kBF16, tokens, h, 3, 1.0f, h + 1);
-    for (const DType act : {DType::kBF16, DType::kF32}) {
+    const Matrix biases = random_matrix(DType::kF32, 1, h, 6);
+    for (const auto& [act, biased] : {std::pair(DType::kBF16, false), std::pair(DType::kF32, false),
+                                      std::pair(DType::kBF16, true), std::pair(DType::kF32, true)}) {
+      const float* bias = biased ? biases.view().row<const float>(0) : nullptr;
       Matrix expected(act, tokens, h);
-      ref::rms_norm(x.view(), weight.view().row<float>(0), 1e-5f, expected.view());
+      ref::rms_norm(x.view(), weight.view().row<float>(0), 1e-5f, bias, expected.view());
       Matrix residual = x;
       ref::add(residual.view(), delta.view());
       Matrix expected_sum(act, tokens, h);
-      ref::rms_norm(residual.view(), weight.view().row<float>(0), 1e-5f, expected_sum.view());
+      ref::rms_norm(residual.view(), weight.view().row<float>(0), 1e-5f, bias, expected_sum.view());
       for (const int threads : {1, 3}) {
         Runner runner(GetParam(), threads);
         for (const int64_t m : {int64_t{1}, int64_t{3}, tokens}) {
           Matrix out(act, m, h, h + 4);
           rms_norm(runner.ctx, x.view().rows_of(0, m), weight.view().row<float>(0), 1e-5f,
-                   out.view());
+                   out.view(), bias);
           Matrix sum = x;
           Matrix out_sum(act, m, h);
           add_rms_norm(runner.ctx, sum.view().rows_of(0, m), delta.view().rows_of(0, m),
-                       weight.view().row<float>(0), 1e-5f, out_sum.view());
+                       weight.view().row<float>(0), 1e-5f, out_sum.view(), bias);
           Matrix only_sum = x;
           add(runner.ctx, only_sum.view().rows_of(0, m), delta.view().rows_of(0, m));
           EXPECT_EQ(sum.bits(), only_sum.bits());
@@ -55,15 +58,17 @@ TEST_P(Rows, NormAgreesWithDoublePrecision) {
   const int64_t h = 100;
   const Matrix x = random_matrix(DType::kF32, 3, h, 4, 5.0f);
   const Matrix weight = random_matrix(DType::kF32, 1, h, 5);
+  const Matrix bias = random_matrix(DType::kF32, 1, h, 6);
   Matrix out(DType::kF32, 3, h);
   Runner runner(GetParam(), 1);
-  rms_norm(runner.ctx, x.view(), weight.view().row<float>(0), 1e-5f, out.view());
+  rms_norm(runner.ctx, x.view(), weight.view().row<float>(0), 1e-5f, out.view(),
+           bias.view().row<float>(0));
   for (int64_t t = 0; t < 3; ++t) {
     double squares = 0;
     for (int64_t i = 0; i < h; ++i) squares += static_cast<double>(x.get(t, i)) * x.get(t, i);
     const double scale = 1 / std::sqrt(squares / h + 1e-5);
     for (int64_t i = 0; i < h; ++i)
-      EXPECT_NEAR(out.get(t, i), x.get(t, i) * scale * weight.get(0, i), 1e-6);
+      EXPECT_NEAR(out.get(t, i), x.get(t, i) * scale * weight.get(0, i) + bias.get(0, i), 1e-6);
   }
 }
 

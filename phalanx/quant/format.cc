@@ -110,7 +110,7 @@ std::string Formats::summary() const {
   std::string text;
   for (const auto& [name, count] : counts)
     text += fmt::format("{}{} ({} layers)", text.empty() ? "" : ", ", name, count);
-  if (kv_int8) text += ", int8 KV cache";
+  if (!norm_biases.empty()) text += fmt::format(", {} norms with biases", norm_biases.size());
   return text;
 }
 

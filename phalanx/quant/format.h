@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -77,7 +78,10 @@ struct LinearFormat {
 struct Formats {
   std::map<std::string, LinearFormat, std::less<>> linears;
   std::string source;      // "msModelSlim", "compressed-tensors", ...
-  bool kv_int8 = false;    // scales of an int8 KV cache are stored
+  bool kv_int8 = false;     // scales of an int8 KV cache are stored, per channel of k_proj and v_proj
+  bool kv_offsets = false;  // and offsets
+  // Norms with a bias that the linear layers behind them take back (anti-outlier).
+  std::set<std::string, std::less<>> norm_biases;
   [[nodiscard]] const LinearFormat* find(std::string_view layer) const;
   // "W8A8_DYNAMIC (168 layers), W8A8 (24)", or "float".
   [[nodiscard]] std::string summary() const;

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -22,7 +23,7 @@ using quant::Storage;
 using tensor::DType;
 
 constexpr const char* kSupported =
-    "msModelSlim W8A8, W8A8_DYNAMIC, W8A16; compressed-tensors int-quantized (8 bits) and "
+    "msModelSlim W8A8, W8A8_DYNAMIC, W8A8_MIX, W8A16; compressed-tensors int-quantized (8 bits) and "
     "pack-quantized (4 or 8 bits), float-quantized (weights); fp8 in blocks; awq; gptq";
 
 struct Reader {
@@ -95,9 +96,25 @@ std::optional<LinearFormat> ms_format(const std::string& type) {
                         .name = type};
   if (type == "W8A8_DYNAMIC")
     return LinearFormat{.scheme = Scheme::kMsW8A8Dynamic, .storage = Storage::kInt8, .name = type};
+  // PDMIX holds W8A8_DYNAMIC's tensors and W8A8's. Here the first serve prompts and generated tokens
+  // alike, so that a token's bits do not depend on how it came into its sequence.
+  if (type == "W8A8_MIX")
+    return LinearFormat{.scheme = Scheme::kMsW8A8Dynamic, .storage = Storage::kInt8,
+                        .name = "W8A8_MIX (PDMIX, as W8A8_DYNAMIC)"};
   if (type == "W8A16")
     return LinearFormat{.scheme = Scheme::kMsW8A16, .storage = Storage::kCodes8, .name = type};
   return std::nullopt;
+}
+
+// "C8", or nothing.
+void read_kv_type(const Reader& r, const std::string& where, const std::string& type) {
+  if (type.empty()) return;
+  if (lower(type) != "c8")
+    return r.refuse("quantised KV cache without kernels", where, type,
+                    "C8 (int8, scales per channel)");
+  r.formats.kv_int8 = true;
+  for (const auto& [name, entry] : r.checkpoint.tensors())
+    r.formats.kv_offsets = r.formats.kv_offsets || name.ends_with(".kv_cache_offset");
 }
 
 void read_description(const Reader& r, const std::string& path, const json& description) {
@@ -136,44 +153,77 @@ void read_description(const Reader& r, const std::string& path, const json& desc
   }
   for (const std::string& type : unknown)
     r.refuse("number format without kernels", path, type, kSupported,
-             type == "W8A8_MIX" ? "quantise with --quant_type w8a8 or w8a8_dynamic" : "use another checkpoint");
+             "quantise with --quant_type w8a8 or w8a8_dynamic");
   for (const std::string& layer : layers_with(r.checkpoint, ".weight", {DType::kI8}))
     if (!description.contains(layer + ".weight"))
       r.refuse("int8 tensor that the description does not name", r.where(layer + ".weight"), "i8",
                fmt::format("its type in {}", path),
                "the description and the weight files must belong to one checkpoint");
   for (const auto& [name, entry] : r.checkpoint.tensors())
-    if (name.ends_with("layernorm.bias")) {
-      r.refuse("biases of norms (anti-outlier) without kernels", r.where(name), "a bias",
-               "norms without biases", "quantise without anti-outlier");
-      break;
-    }
-  const std::string kv = text_at(description, "kv_cache_type", text_at(description, "kv_quant_type"));
-  if (!kv.empty()) r.refuse("quantised KV cache without kernels", path, kv, "no kv_cache_type");
+    if (name.ends_with("norm.bias")) r.formats.norm_biases.insert(name.substr(0, name.size() - 5));
+  for (const char* key : {"kv_cache_type", "kv_quant_type"})
+    read_kv_type(r, path + ": " + key, text_at(description, key));
   const std::string fa = text_at(description, "fa_quant_type");
   if (!fa.empty()) r.refuse("quantised attention without kernels", path, fa, "no fa_quant_type");
 }
 
 // --- compressed-tensors ----------------------------------------------------------------------
 
-bool matches(const std::string& pattern, const std::string& layer) {
-  if (pattern.starts_with("re:")) {
-    try {
-      return std::regex_search(layer, std::regex(pattern.substr(3)),
-                               std::regex_constants::match_continuous);
-    } catch (const std::regex_error&) {
-      return false;
+// Names of layers, whole or their end, and regular expressions ("re:...") of a list in config.json.
+// Expressions run in time that grows with the product of their size and the name's (libstdc++'s
+// polynomial mode; without it one of 30 characters can take years), and are short.
+class LayerPatterns {
+ public:
+  static constexpr size_t kMostCharacters = 4000;  // of all expressions
+  static constexpr size_t kMostPatterns = 100'000;
+
+  // Adds a problem for each expression that cannot be used. Something other than a list: no names.
+  LayerPatterns(const Reader& r, const std::string& where, const json& patterns) {
+    if (!patterns.is_array()) return;
+    if (patterns.size() > kMostPatterns) {
+      r.refuse("too many names of layers", where, std::to_string(patterns.size()),
+               fmt::format("at most {}", kMostPatterns));
+      return;
+    }
+    size_t characters = 0;
+    for (const json& pattern : patterns) {
+      if (!pattern.is_string()) continue;
+      const auto text = pattern.get<std::string>();
+      if (!text.starts_with("re:")) {
+        names_.insert(text);
+        continue;
+      }
+      try {
+        characters += text.size();
+        if (characters > kMostCharacters) throw std::regex_error(std::regex_constants::error_space);
+        expressions_.emplace_back(text.substr(3), std::regex_constants::ECMAScript |
+                                                      std::regex_constants::__polynomial);
+      } catch (const std::regex_error& e) {
+        r.refuse("expression that cannot be used", where, dumped(pattern),
+                 fmt::format("regular expressions of at most {} characters in all, without back "
+                             "references",
+                             kMostCharacters),
+                 "correct quantization_config of config.json");
+      }
     }
   }
-  return pattern == layer || layer.ends_with("." + pattern);
-}
+  [[nodiscard]] bool match(const std::string& layer) const {
+    // "a.b.c" is named by itself, "b.c" and "c".
+    for (size_t at = 0;; ++at) {
+      if (names_.contains(layer.substr(at))) return true;
+      at = layer.find('.', at);
+      if (at == std::string::npos) break;
+    }
+    return std::any_of(expressions_.begin(), expressions_.end(), [&](const std::regex& e) {
+      return std::regex_search(layer, e, std::regex_constants::match_continuous);
+    });
+  }
+  [[nodiscard]] bool names(const std::string& text) const { return names_.contains(text); }
 
-bool listed(const json& patterns, const std::string& layer) {
-  if (!patterns.is_array()) return false;
-  for (const json& pattern : patterns)
-    if (pattern.is_string() && matches(pattern.get<std::string>(), layer)) return true;
-  return false;
-}
+ private:
+  std::set<std::string> names_;
+  std::vector<std::regex> expressions_;
+};
 
 // One entry of config_groups as a format; nullopt after adding a problem.
 std::optional<LinearFormat> ct_group(const Reader& r, const std::string& where, const json& group,
@@ -254,7 +304,7 @@ void read_compressed_tensors(const Reader& r, const json& q) {
     return;
   }
   struct Group {
-    json targets;
+    LayerPatterns targets;
     std::optional<LinearFormat> format;
   };
   std::vector<Group> groups;
@@ -264,10 +314,12 @@ void read_compressed_tensors(const Reader& r, const json& q) {
       r.refuse("not an object", where + ".config_groups." + name, dumped(group), "an object");
       continue;
     }
-    groups.push_back({group.value("targets", json::array()),
+    groups.push_back({LayerPatterns(r, where + ".config_groups." + name + ".targets",
+                                    group.value("targets", json::array())),
                       ct_group(r, where + ".config_groups." + name, group,
                                text_at(group, "format", format_name))});
   }
+  const LayerPatterns ignored(r, where + ".ignore", q.value("ignore", json()));
   std::set<std::string> layers;
   for (const std::string& l : layers_with(r.checkpoint, ".weight", {DType::kI8, DType::kF8E4M3}))
     layers.insert(l);
@@ -275,18 +327,16 @@ void read_compressed_tensors(const Reader& r, const json& q) {
     layers.insert(l);
   for (const std::string& layer : layers) {
     const std::string tensor = layer + (r.has(layer + ".weight_packed") ? ".weight_packed" : ".weight");
-    if (listed(q.value("ignore", json()), layer)) {
+    if (ignored.match(layer)) {
       r.refuse("the description contradicts the tensor", r.where(tensor), "a quantised tensor",
                fmt::format("a float tensor: {}.ignore names it", where));
       continue;
     }
     const Group* chosen = nullptr;
     for (const Group& group : groups)
-      if (chosen == nullptr && listed(group.targets, layer)) chosen = &group;
+      if (chosen == nullptr && group.targets.match(layer)) chosen = &group;
     for (const Group& group : groups)
-      if (chosen == nullptr && group.targets.is_array() &&
-          std::find(group.targets.begin(), group.targets.end(), "Linear") != group.targets.end())
-        chosen = &group;
+      if (chosen == nullptr && group.targets.names("Linear")) chosen = &group;
     if (chosen == nullptr) {
       r.refuse("quantised tensor of no group", r.where(tensor), tensor,
                fmt::format("a group of {}.config_groups whose targets name it", where));
@@ -422,10 +472,6 @@ std::shared_ptr<const quant::Formats> read_quant_formats(const std::string& dire
       read_description(r, description, text);
     else
       r.refuse("not an object", description, dumped(text), "an object from tensor names to types");
-    const std::string kv = text_at(q, "kv_quant_type");
-    if (!kv.empty())
-      r.refuse("quantised KV cache without kernels",
-               config_path + ": quantization_config.kv_quant_type", kv, "no kv_quant_type");
   } else if (method == "compressed-tensors") {
     read_compressed_tensors(r, q);
   } else if (method == "fp8") {
@@ -443,13 +489,14 @@ std::shared_ptr<const quant::Formats> read_quant_formats(const std::string& dire
                          quantize, quantize),
              "fetch the file");
   }
+  read_kv_type(r, config_path + ": quantization_config.kv_quant_type", text_at(q, "kv_quant_type"));
   if (found.empty() && formats->linears.empty() && !method.empty())
     r.refuse("no quantised tensors found", directory,
              fmt::format("{} tensors, none of them {}", checkpoint.tensors().size(), method),
              fmt::format("tensors as quantization_config of {} describes them", config_path),
              "config.json and the weight files must belong to one checkpoint");
   problems.add_all(found);
-  if (formats->linears.empty()) return nullptr;
+  if (formats->linears.empty() && !formats->kv_int8) return nullptr;
   return formats;
 }
 

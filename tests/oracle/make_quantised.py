@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes tiny quantised checkpoints, one per number format, and their logits.
 
-    python3 make_quantised.py OUT_DIR
+    python3 make_quantised.py OUT_DIR [NAME ...]
 
 Needs torch, transformers and safetensors; running the tests needs none of them. The formats are
 written here from their published descriptions (msModelSlim, compressed-tensors, fp8 blocks, AWQ,
@@ -16,11 +16,13 @@ import argparse
 import json
 import os
 import shutil
+import sys
 
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import quantised_families
 from make_reference import randomise
 
 SHAPE = dict(vocab_size=170, hidden_size=96, intermediate_size=160, num_hidden_layers=2,
@@ -273,8 +275,9 @@ DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token",
 STATIC = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "tensor", "dynamic": False}
 
 # An activation that fp32 in another order rounds to the other int8 moves everything after it by about
-# a step: the seeds of formats with int8 activations are such that none of 40 tokens does.
-SEEDS = {"ms_w8a8_dynamic_f32": 40}
+# a step: the seeds of formats with int8 activations are such that none of 40 tokens does. Others are
+# such that greedy tokens do not repeat themselves.
+SEEDS = {"ms_w8a8_dynamic_f32": 40, "ms_w8a16_f32": 64}
 
 # name: (maker, dtype of the float tensors, quantization_config or None, mixed, biases)
 FORMATS = {
@@ -314,8 +317,10 @@ FORMATS = {
 }
 
 
-def make(out):
+def make(out, names):
     for seed, (name, (maker, dtype, quantization, mixed, biases)) in enumerate(FORMATS.items()):
+        if names and name not in names:
+            continue
         directory = os.path.join(out, name)
         seed = SEEDS.get(name, seed)
         shutil.rmtree(directory, ignore_errors=True)
@@ -356,8 +361,13 @@ def make(out):
                     state[key] = tensor.to(dtype).contiguous()
             ids = torch.randint(0, config.vocab_size, (1, 40), generator=generator)
             logits = model(ids).logits[0].float().contiguous()
+            tokens = ids[:, :8]
+            for _ in range(32):
+                best = model(tokens).logits[0, -1].argmax()
+                tokens = torch.cat([tokens, best.view(1, 1)], dim=1)
         std = logits.std().item()
         assert std >= 1.0, f"{name}: standard deviation {std}"
+        distinct = len(set(tokens[0, 8:].tolist()))
         save_file(state, os.path.join(directory, "model.safetensors"))
         text = json.loads(config.to_json_string(use_diff=True))
         text["torch_dtype"] = str(dtype).split(".")[-1]
@@ -376,12 +386,14 @@ def make(out):
         with open(os.path.join(directory, "reference.json"), "w") as f:
             json.dump({"tokens": ids[0].tolist(), "std": std}, f)
             f.write("\n")
-        print(f"{name}: std {std:.2f}")
+        print(f"{name}: seed {seed}, std {std:.2f}, {distinct} distinct greedy tokens")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out")
+    parser.add_argument("name", nargs="*")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    make(arguments.out)
+    make(arguments.out, arguments.name)
+    quantised_families.make(arguments.out, arguments.name, sys.modules[__name__])

@@ -28,7 +28,7 @@ void gated_quantised(Context& ctx, const MatrixView& x, const PackedGated& w,
 
 // residual += delta if delta is not nullptr; out = rms_norm(residual) if out is not nullptr.
 void add_norm(Context& ctx, const MatrixView& residual, const MatrixView* delta,
-              const float* weight, float eps, const MatrixView* out);
+              const float* weight, float eps, const float* bias, const MatrixView* out);
 
 void rope_and_store(Context& ctx, const MatrixView& qkv, int64_t q_heads, const RopeTable& rope,
                     std::span<const int32_t> positions, std::span<const int32_t> slots,

@@ -88,8 +88,9 @@ struct Kernels {
   // n elements, any of bf16 and f32 to any.
   void (*convert)(const void* in, bool in_bf16, int64_t n, void* out, bool out_bf16) = nullptr;
   void (*add)(float* residual, const void* delta, bool delta_bf16, int64_t n) = nullptr;
-  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, void* out,
-                   bool out_bf16) = nullptr;
+  // bias: or nullptr.
+  void (*rms_norm)(const float* x, const float* weight, float eps, const float* bias, int64_t n,
+                   void* out, bool out_bf16) = nullptr;
   // One head: in may equal out if the types are equal.
   void (*rope)(const void* in, bool in_bf16, const float* cos, const float* sin, int64_t half,
                int64_t head_dim, void* out, bool out_bf16) = nullptr;

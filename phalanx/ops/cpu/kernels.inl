@@ -410,8 +410,8 @@ void add_rows(float* residual, const void* delta, bool delta_bf16, int64_t n) {
               add(load_any(residual, false, i, n), load_any(delta, delta_bf16, i, n)));
 }
 
-void rms_norm(const float* x, const float* weight, float eps, int64_t n, void* out,
-              bool out_bf16) {
+void rms_norm(const float* x, const float* weight, float eps, const float* bias, int64_t n,
+              void* out, bool out_bf16) {
   V squares = zero();
   for (int64_t i = 0; i < n; i += 16) {
     const V v = load_any(x, false, i, n);
@@ -419,9 +419,11 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, void* o
   }
   const float mean = sum(squares) / static_cast<float>(n);
   const V scale = set1(1.0f / square_root(mean + eps));
-  for (int64_t i = 0; i < n; i += 16)
-    store_any(out, out_bf16, i, n,
-              mul(mul(load_any(x, false, i, n), scale), load_any(weight, false, i, n)));
+  for (int64_t i = 0; i < n; i += 16) {
+    V v = mul(mul(load_any(x, false, i, n), scale), load_any(weight, false, i, n));
+    if (bias != nullptr) v = add(v, load_any(bias, false, i, n));
+    store_any(out, out_bf16, i, n, v);
+  }
 }
 
 void rope(const void* in, bool in_bf16, const float* cos, const float* sin, int64_t half,

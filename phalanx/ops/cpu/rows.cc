@@ -58,7 +58,7 @@ void store_row(const Kernels& kernels, const KvLayer& kv, int64_t block, int64_t
 }  // namespace
 
 void add_norm(Context& ctx, const MatrixView& residual, const MatrixView* delta,
-              const float* weight, float eps, const MatrixView* out) {
+              const float* weight, float eps, const float* bias, const MatrixView* out) {
   const Kernels& kernels = *ctx.scratch().kernels;
   ctx.pool().for_each(residual.rows, rows_per_piece(residual.cols), [&](int64_t t) {
     auto* row = residual.row<float>(t);
@@ -71,7 +71,7 @@ void add_norm(Context& ctx, const MatrixView& residual, const MatrixView* delta,
     if (out != nullptr) {
       const bool bf16 = out->dtype == DType::kBF16;
       void* o = bf16 ? static_cast<void*>(out->row<uint16_t>(t)) : out->row<float>(t);
-      kernels.rms_norm(row, weight, eps, residual.cols, o, bf16);
+      kernels.rms_norm(row, weight, eps, bias, residual.cols, o, bf16);
     }
   });
 }

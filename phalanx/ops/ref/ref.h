@@ -29,7 +29,8 @@ void linear_quantised(const MatrixView& x, const PackedLinear& w, const float* b
 void gated_quantised(const MatrixView& x, const PackedGated& w, const float* gate_bias,
                      const float* up_bias, const MatrixView& out, NumericClass numeric_class);
 
-void rms_norm(const MatrixView& x, const float* weight, float eps, const MatrixView& out);
+void rms_norm(const MatrixView& x, const float* weight, float eps, const float* bias,
+              const MatrixView& out);
 void add(const MatrixView& residual, const MatrixView& delta);
 
 void rope_and_store(const MatrixView& qkv, int64_t q_heads, const RopeTable& rope,

@@ -16,7 +16,8 @@ int8_t to_int8(float x) {
 
 }  // namespace
 
-void rms_norm(const MatrixView& x, const float* weight, float eps, const MatrixView& out) {
+void rms_norm(const MatrixView& x, const float* weight, float eps, const float* bias,
+              const MatrixView& out) {
   for (int64_t t = 0; t < x.rows; ++t) {
     const float* row = x.row<const float>(t);
     float lanes[16] = {};
@@ -26,7 +27,8 @@ void rms_norm(const MatrixView& x, const float* weight, float eps, const MatrixV
     const float mean = lanes[0] / static_cast<float>(x.cols);
     const float scale = 1.0f / std::sqrt(mean + eps);
     for (int64_t i = 0; i < x.cols; ++i)
-      store(out.data, out.dtype, t * out.stride + i, row[i] * scale * weight[i]);
+      store(out.data, out.dtype, t * out.stride + i,
+            bias == nullptr ? row[i] * scale * weight[i] : row[i] * scale * weight[i] + bias[i]);
   }
 }
 
