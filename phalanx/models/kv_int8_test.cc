@@ -66,7 +66,7 @@ class KvInt8 : public ::testing::TestWithParam<Case> {};
 
 TEST_P(KvInt8, ALongPromptContinuesAlikeOnAnyNumberOfRanks) {
   const Case& c = GetParam();
-  if (kThreadSanitizer && c.name != "by_option") GTEST_SKIP() << "one kind is enough for threads";
+  if (kThreadSanitizer) GTEST_SKIP() << "long; ranks and threads meet in shorter tests";
   // A prompt after which the model does not repeat itself soon, if there is one; the bits of all logits
   // are compared in any case.
   uint32_t seed = 777;

@@ -14,6 +14,7 @@
 #include <set>
 
 #include "phalanx/base/json.h"
+#include "phalanx/base/sanitizer.h"
 #include "phalanx/models/kv_format.h"
 #include "phalanx/models/test_ranks.h"
 #include "phalanx/models/test_table.h"
@@ -84,6 +85,9 @@ class FormatRanks : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(FormatRanks, ChangeNoBitAndNoToken) {
   const std::string& name = GetParam();
+  if (kThreadSanitizer && name != "ms_w8a8_f32" && name != "mixtral_ct_w8a8" &&
+      name != "deepseek_v3_ms_w8a8")
+    GTEST_SKIP() << "three formats are enough for threads";
   const auto isa = ops::available_isas().back();
   const std::vector<int32_t> reference = tokens_of(name);
   std::vector<int32_t> prompt;
