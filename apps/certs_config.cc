@@ -20,9 +20,10 @@ namespace {
 constexpr int kDepth = 100;
 
 [[noreturn]] void cannot_write(const std::string& path) {
-  throw Error(Code::kPermissionDenied,
-              fmt::format("{}: cannot be written: {}. Fix: check the folder's owner and permissions",
-                          path, std::strerror(errno)));
+  throw Error(
+      Code::kPermissionDenied,
+      fmt::format("{}: cannot be written: {}. Fix: check the folder's owner and permissions", path,
+                  std::strerror(errno)));
 }
 
 }  // namespace
@@ -34,13 +35,14 @@ SecureConfig SecureConfig::read(const std::string& path) {
   problems.throw_if_any("cannot switch TLS on");
   (void)parse_json(text, path, kDepth);  // bounded, and with line and column in its error
   auto json = nlohmann::ordered_json::parse(text);
-  for (const auto& [section, key] :
-       {std::pair{"ServerConfig", "httpsEnabled"}, std::pair{"BackendConfig", "interNodeTLSEnabled"}}) {
+  for (const auto& [section, key] : {std::pair{"ServerConfig", "httpsEnabled"},
+                                     std::pair{"BackendConfig", "interNodeTLSEnabled"}}) {
     if (!json.is_object() || !json.contains(section) || !json[section].is_object())
-      throw Error(Code::kInvalidArgument,
-                  fmt::format("{}: no object \"{}\", which a config.json has. Fix: phalanx config make "
-                              "writes one",
-                              path, section));
+      throw Error(
+          Code::kInvalidArgument,
+          fmt::format("{}: no object \"{}\", which a config.json has. Fix: phalanx config make "
+                      "writes one",
+                      path, section));
     json[section][key] = true;
   }
   SecureConfig config;
@@ -54,7 +56,8 @@ SecureConfig SecureConfig::read(const std::string& path) {
 void SecureConfig::write() const {
   const std::string fresh = path_ + ".new";
   ::unlink(fresh.c_str());
-  const UniqueFd fd(::open(fresh.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
+  const UniqueFd fd(
+      ::open(fresh.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
   if (!fd.valid()) cannot_write(fresh);
   for (size_t done = 0; done < text_.size();) {
     const ssize_t count = ::write(fd.get(), text_.data() + done, text_.size() - done);

@@ -36,8 +36,8 @@ TEST(ServerConfigFuzz, ExaminedToTheEnd) {
     put("conf/config.json", text);
     Problems problems;
     Problems warnings;
-    const NodeConfig config = examine_node_config(
-        arguments, {{"MINDIE_LLM_HOME_PATH", folder}}, problems, warnings);
+    const NodeConfig config =
+        examine_node_config(arguments, {{"MINDIE_LLM_HOME_PATH", folder}}, problems, warnings);
     if (!problems.empty()) return;
     ++clean;
     EXPECT_GE(config.server.max_link_num, 1);

@@ -73,9 +73,10 @@ struct ControlListener::State {
     connections.erase(oldest);
     std::string note;
     if (limit.allow(&note))
-      log_warn("control plane: more than {} connections that have not proved themselves; the oldest "
-               "was closed{}",
-               options.max_unproved, note);
+      log_warn(
+          "control plane: more than {} connections that have not proved themselves; the oldest "
+          "was closed{}",
+          options.max_unproved, note);
   }
 
   void run(const std::stop_token& stop) {

@@ -11,8 +11,8 @@
 namespace phalanx::cluster {
 
 // The master's listening socket, since gRPC has no limit of connections. Hands over what it accepts
-// and keeps count: beyond `max_unproved` connections that opened no stream yet, the oldest is closed
-// (a true peer speaks at once, so it is the least likely to be one). Thread-safe.
+// and keeps count: beyond `max_unproved` connections that opened no stream yet, the oldest is
+// closed (a true peer speaks at once, so it is the least likely to be one). Thread-safe.
 class ControlListener {
  public:
   struct Options {

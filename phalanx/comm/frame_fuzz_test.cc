@@ -1,5 +1,5 @@
-// Damaged hellos and farewells, the frames that a data port takes from others. PHALANX_FUZZ_SECONDS;
-// `make fuzz`.
+// Damaged hellos and farewells, the frames that a data port takes from others.
+// PHALANX_FUZZ_SECONDS; `make fuzz`.
 
 #include <gtest/gtest.h>
 
@@ -45,15 +45,16 @@ TEST(FrameFuzz, Farewell) {
   const FarewellFrame clean = encode_farewell(1, kGeneration, nullptr);
   const FarewellFrame faulty = encode_farewell(1, kGeneration, &fault);
   int64_t read = 0;
-  const int64_t tried = fuzz({text_of(clean.data(), clean.size()), text_of(faulty.data(), faulty.size())},
-                             [&](const std::string& bytes, int64_t number) {
-                               SCOPED_TRACE(number);
-                               const auto found = decode_farewell(
-                                   std::as_bytes(std::span(bytes.data(), bytes.size())), kGeneration);
-                               if (!found) return;
-                               ++read;
-                               EXPECT_LE(found->fault.text.size(), kFarewellBytes);
-                             });
+  const int64_t tried =
+      fuzz({text_of(clean.data(), clean.size()), text_of(faulty.data(), faulty.size())},
+           [&](const std::string& bytes, int64_t number) {
+             SCOPED_TRACE(number);
+             const auto found =
+                 decode_farewell(std::as_bytes(std::span(bytes.data(), bytes.size())), kGeneration);
+             if (!found) return;
+             ++read;
+             EXPECT_LE(found->fault.text.size(), kFarewellBytes);
+           });
   std::cout << tried << " farewells, " << read << " read\n";
   EXPECT_GT(tried, 1000);
 }

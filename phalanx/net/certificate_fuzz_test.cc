@@ -1,5 +1,5 @@
-// Damaged certificates, keys, revocation lists, password files and key stores: read or refused with a
-// sentence that names the file. PHALANX_FUZZ_SECONDS per reader; `make fuzz`.
+// Damaged certificates, keys, revocation lists, password files and key stores: read or refused with
+// a sentence that names the file. PHALANX_FUZZ_SECONDS per reader; `make fuzz`.
 
 #include <gtest/gtest.h>
 
@@ -43,9 +43,8 @@ TEST_F(CertificateFuzz, Certificates) {
   const std::string pem =
       authority_.issue(TestCertificates::order("10.0.0.1", "inter-node:master"), key_).pem();
   const Certificate good = Certificate::parse(pem, kWhere)[0];
-  const PeerVerifier verifier({.authorities = {authority_.certificate()},
-                               .authority_files = {"ca.pem"},
-                               .crl_files = {}});
+  const PeerVerifier verifier(
+      {.authorities = {authority_.certificate()}, .authority_files = {"ca.pem"}, .crl_files = {}});
   int64_t trusted = 0;
   damage("certificates", {pem, pem + authority_.certificate().pem()}, [&](const std::string& text) {
     const auto chain = Certificate::parse(text, kWhere);
