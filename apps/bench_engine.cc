@@ -324,6 +324,15 @@ void print_cost_of_tls(const BenchArguments& a, const std::vector<BenchLayout>& 
                  100 * (median(prefill) - 1), decode.size(),
                  summary(results[c], w)["decode_tok_s"].get<double>(),
                  summary(results[t], w)["decode_tok_s"].get<double>());
+      // Steadier than speeds on a busy machine: what the wire itself takes.
+      const auto wire = [&](size_t layout) {
+        const json r = summary(results[layout], w);
+        return r["wire_s"].get<double>() / r["steps"].get<double>();
+      };
+      const json clear_wave = summary(results[c], w);
+      const double step = clear_wave["step_s"].get<double>() / clear_wave["steps"].get<double>();
+      fmt::print("  wire {:.0f} us a step in clear, {:.0f} under TLS: {:+.1f} % of a step of {:.1f} ms\n",
+                 wire(c) * 1e6, wire(t) * 1e6, 100 * (wire(t) - wire(c)) / step, step * 1e3);
     }
   }
 }
