@@ -323,22 +323,25 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
   const auto layout = plan_layout(config.info, options.weights, options.moe_ep);
   layers::WeightPlan measured(config.info.dtype, options.isa, nullptr, config.info.formats.get());
   (void)DecoderLayers(measured, config, layout, 0, options.rank);
-  arena_ = std::make_unique<weights::Arena>(measured.arena_bytes());
-  (void)arena_->take_huge_pages(pool);
+  arena_ = std::make_unique<weights::Arena>(measured.arena_bytes(), options.weight_memory);
+  if (!arena_->filled()) (void)arena_->take_huge_pages(pool);
   layers::WeightPlan plan(config.info.dtype, options.isa, arena_->data(),
                           config.info.formats.get());
   layers_ = std::make_unique<DecoderLayers>(plan, config, layout, options.max_step_tokens,
                                             options.rank);
   weights::WeightSource source(checkpoint);
-  plan.load(source, pool, progress);
-  const auto of_others = names_of_all(config.info);
-  (void)source.finish([&](std::string_view tensor) {
-    return beyond_layers(tensor, config.info.num_layers) || needless(config.info, tensor) ||
-           of_others.contains(tensor) ||
-           std::any_of(known_extras.begin(), known_extras.end(), [&](std::string_view part) {
-             return tensor.find(part) != std::string_view::npos;
-           });
-  });
+  if (!arena_->filled()) {
+    plan.load(source, pool, progress);
+    const auto of_others = names_of_all(config.info);
+    (void)source.finish([&](std::string_view tensor) {
+      return beyond_layers(tensor, config.info.num_layers) || needless(config.info, tensor) ||
+             of_others.contains(tensor) ||
+             std::any_of(known_extras.begin(), known_extras.end(), [&](std::string_view part) {
+               return tensor.find(part) != std::string_view::npos;
+             });
+    });
+    arena_->seal();
+  }
 
   rope_ = layers::rope_table(config.rotary, options.max_sequence);
   layers::Carver measure;

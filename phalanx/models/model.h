@@ -118,6 +118,8 @@ struct ModelOptions {
   // Sees the input of every linear layer (ops::Context::Options::observer); lent.
   const std::function<void(const ops::MatrixView& x)>* observer = nullptr;
   int threads = 1;               // of the pool that load_model will be given
+  int weight_memory = -1;        // weights::create_arena_memory(), lent; sealed: nothing is read.
+                                 // -1: the model's own
 };
 
 struct StepInputs {

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <atomic>
@@ -26,13 +27,37 @@ constexpr int64_t kHugePage = 2 << 20;
 
 }  // namespace
 
-Arena::Arena(int64_t bytes) : bytes_(bytes) {
+UniqueFd create_arena_memory() {
+  UniqueFd fd(::memfd_create("phalanx-weights", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd.valid())
+    throw Error(Code::kResourceExhausted,
+                fmt::format("cannot make memory for weights: {}", std::strerror(errno)));
+  return fd;
+}
+
+bool arena_is_sealed(int memory) {
+  const int seals = ::fcntl(memory, F_GET_SEALS);
+  return seals >= 0 && (seals & F_SEAL_FUTURE_WRITE) != 0;
+}
+
+Arena::Arena(int64_t bytes, int memory) : bytes_(bytes) {
   PHALANX_CHECK(bytes >= 0 && bytes <= INT64_MAX - 2 * kHugePage);
   // Only aligned ranges can be huge: reserve more, keep the aligned part.
   mapped_ = std::max<int64_t>(1, (bytes + kHugePage - 1) / kHugePage) * kHugePage;
-  fd_.reset(::memfd_create("phalanx-weights", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (memory < 0) {
+    fd_ = create_arena_memory();
+  } else {
+    fd_.reset(::fcntl(memory, F_DUPFD_CLOEXEC, 0));
+  }
+  filled_ = arena_is_sealed(fd_.get());
+  struct stat info {};
+  if (filled_ && ::fstat(fd_.get(), &info) == 0 && info.st_size != mapped_)
+    throw Error(Code::kFailedPrecondition,
+                fmt::format("the kept weights of this rank have {} bytes, expected {}: they were "
+                            "packed for another cut or model",
+                            info.st_size, mapped_));
   void* at = MAP_FAILED;
-  if (fd_.valid() && ::ftruncate(fd_.get(), mapped_) == 0)
+  if (fd_.valid() && (filled_ || ::ftruncate(fd_.get(), mapped_) == 0))
     at = ::mmap(nullptr, static_cast<size_t>(mapped_ + kHugePage), PROT_NONE,
                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at != MAP_FAILED) {
@@ -43,7 +68,7 @@ Arena::Arena(int64_t bytes) : bytes_(bytes) {
     const uintptr_t own_end = aligned + static_cast<uintptr_t>(mapped_);
     if (end > own_end) ::munmap(reinterpret_cast<void*>(own_end), end - own_end);
     at = ::mmap(reinterpret_cast<void*>(aligned), static_cast<size_t>(mapped_),
-                PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_.get(), 0);
+                filled_ ? PROT_READ : PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_.get(), 0);
     if (at == MAP_FAILED)
       ::munmap(reinterpret_cast<void*>(aligned), static_cast<size_t>(mapped_));
   }

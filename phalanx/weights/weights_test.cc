@@ -199,6 +199,28 @@ TEST(Arena, KeepsItsBytesForWhoeverHoldsTheDescriptor) {
   ::munmap(again, 4096);
 }
 
+TEST(Arena, IsTakenOverWhenSealedAndOnlyThen) {
+  const UniqueFd memory = create_arena_memory();
+  {
+    Arena half(100'000, memory.get());  // its owner dies before it is done
+    half.data()[7] = std::byte{1};
+    EXPECT_FALSE(half.filled());
+  }
+  EXPECT_FALSE(arena_is_sealed(memory.get()));
+  {
+    Arena arena(100'000, memory.get());
+    EXPECT_FALSE(arena.filled());
+    arena.data()[99'999] = std::byte{42};
+    arena.seal();
+  }
+  EXPECT_TRUE(arena_is_sealed(memory.get()));
+  const Arena successor(100'000, memory.get());
+  EXPECT_TRUE(successor.filled());
+  EXPECT_EQ(successor.data()[99'999], std::byte{42});
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(successor.data()) % (2 << 20), 0u);
+  EXPECT_THROW(Arena(100'000'000, memory.get()), Error);  // of another cut
+}
+
 TEST(Arena, SaysHowMuchWasRefused) {
   try {
     const Arena arena(int64_t{1} << 60);
