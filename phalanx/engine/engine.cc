@@ -31,7 +31,7 @@ Engine::~Engine() {
     done = s.settled.wait_for(lock, std::chrono::duration<double>(kStopSeconds),
                               [&] { return s.thread_done; });
   }
-  if (!done) s.executor.abort("the engine stopped while a step was being computed");
+  if (!done) s.executor.load()->abort("the engine stopped while a step was being computed");
   s.thread.join();
 }
 
@@ -101,7 +101,7 @@ void Engine::end_requests(const Error& error) {
 
 void Engine::fail(const Error& error) {
   end_requests(error);
-  state_->executor.abort(failure()->what());
+  state_->executor.load()->abort(failure()->what());
 }
 
 std::optional<Error> Engine::failure() const {

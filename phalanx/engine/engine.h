@@ -58,6 +58,16 @@ class Engine {
   void cancel(const std::string& id);
   // No new requests; returns true when none is left before the deadline.
   bool drain(Deadline deadline);
+  // After the generation was lost (the executor threw, or is to be left): waits until the engine
+  // thread has let go of the executor, which must have been aborted. Nothing is computed until
+  // resume(); requests are still accepted and cancelled. What was computed of running requests is
+  // forgotten, their accepted tokens are not. Throws Error(kDeadlineExceeded).
+  void suspend(Deadline deadline);
+  [[nodiscard]] bool suspended() const;
+  // Goes on in a new generation with an empty KV cache of `blocks`: prompt and accepted tokens of
+  // every request are computed again, then it continues where it was. A request that such a cache
+  // cannot hold ends with kResourceExhausted. `executor` is used from now on; steps count from 1.
+  void resume(StepExecutor& executor, uint64_t generation, int64_t blocks);
   // Ends every request with `error` after the step being computed and refuses new ones. The
   // executor is left in order, for the owner's kStop plan.
   void end_requests(const Error& error);
@@ -67,7 +77,7 @@ class Engine {
   void fail(const Error& error);
   // The error given to fail(), if any.
   [[nodiscard]] std::optional<Error> failure() const;
-  // Called once, from the engine thread, when the engine fails by itself.
+  // Called from the engine thread when the executor threw: once, or with `recover` each time.
   void on_failure(std::function<void(const Error&)> callback);
 
   [[nodiscard]] EngineStats stats() const;

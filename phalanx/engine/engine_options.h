@@ -28,6 +28,7 @@ struct EngineOptions {
   int64_t draft_least = 2;
   int64_t draft_batch = 16;            // no drafts while more sequences than this decode
   uint64_t generation = 1;
+  bool recover = false;                // an executor that throws suspends the engine, not ends it
   double step_seconds = 600;           // longest wait for one step
   double idle_plan_seconds = 20;       // an idle plan keeps the links checked
 };

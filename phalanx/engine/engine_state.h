@@ -3,6 +3,7 @@
 // Inside of Engine, shared by what runs on its thread (engine_thread.cc) and what any thread may
 // call (engine.cc).
 
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <memory>
@@ -24,7 +25,10 @@ struct Engine::State {
   State(const EngineOptions& options, StepExecutor& executor);
 
   void run();
-  void loop();
+  bool loop();
+  void end_cancelled();
+  bool stay_suspended(const std::optional<Error>& error);  // engine_recovery.cc
+  void replay(int64_t blocks);
   bool take_work();
   void finish(Sequence& sequence, GenerateEvent event);
   void end_all(FinishReason reason, const std::optional<Error>& error);
@@ -46,9 +50,10 @@ struct Engine::State {
   };
 
   const EngineOptions options;
-  StepExecutor& executor;
+  std::atomic<StepExecutor*> executor;  // changed while suspended only
 
   // --- Engine thread only.
+  uint64_t generation;
   Scheduler scheduler;
   Sampler sampler;
   StepPlanWriter writer;
@@ -73,6 +78,12 @@ struct Engine::State {
   bool stopping = false, draining = false, thread_done = false;
   std::optional<Error> failure;
   bool report_failure = false;     // the engine failed by itself and on_failure was not called yet
+  struct Resumption {
+    uint64_t generation = 0;
+    int64_t blocks = 0;
+  };
+  bool suspend_wanted = false, suspended = false;
+  std::optional<Resumption> resumption;
   std::function<void(const Error&)> failure_callback;
 
   std::thread thread;

@@ -11,7 +11,8 @@ namespace phalanx::engine {
 
 Engine::State::State(const EngineOptions& options, StepExecutor& executor)
     : options(options),
-      executor(executor),
+      executor(&executor),
+      generation(options.generation),
       scheduler({.block_size = options.block_size,
                  .blocks = options.blocks,
                  .max_batch = options.max_batch,
@@ -29,7 +30,16 @@ Engine::State::State(const EngineOptions& options, StepExecutor& executor)
 
 void Engine::State::run() {
   try {
-    loop();
+    for (;;) {
+      std::optional<Error> lost;
+      try {
+        if (!loop()) break;
+      } catch (const Error& error) {
+        if (!options.recover) throw;
+        lost = error;
+      }
+      if (!stay_suspended(lost)) break;
+    }
   } catch (const Error& error) {
     fail_by_itself(error);
   } catch (const std::exception& error) {
@@ -65,8 +75,9 @@ void Engine::State::run() {
   settled.notify_all();
 }
 
-// Returns when stopping or failed by another; throws what the executor throws.
-void Engine::State::loop() {
+// False when stopping or failed by another, true when to be suspended; throws what the executor
+// throws.
+bool Engine::State::loop() {
   while (take_work()) {
     if (scheduler.empty()) {
       idle_step();
@@ -74,10 +85,12 @@ void Engine::State::loop() {
       compute_step();
     }
   }
+  const std::lock_guard lock(mutex);
+  return !stopping && !failure;
 }
 
 // Takes what came in; waits while there is nothing to do, until the next idle plan is due. False:
-// stopping or failed.
+// stopping, failed or to be suspended.
 bool Engine::State::take_work() {
   for (;;) {
     if (scheduler.empty()) deliver();  // else while the ranks compute
@@ -88,34 +101,37 @@ bool Engine::State::take_work() {
       std::unique_lock lock(mutex);
       publish_stats();
       if (scheduler.empty()) {
-        wake.wait_until(lock, due,
-                        [&] { return stopping || failure || cancels || !inbox.empty(); });
+        wake.wait_until(lock, due, [&] {
+          return stopping || failure || suspend_wanted || cancels || !inbox.empty();
+        });
       }
-      if (stopping || failure) return false;
+      if (stopping || failure || suspend_wanted) return false;
       arrived.swap(inbox);
       any_cancels = std::exchange(cancels, false);
       stats.waiting += std::ssize(arrived);
     }
     for (auto& s : arrived) scheduler.add(std::move(s));
     arrived.clear();
-    if (any_cancels) {
-      scheduler.for_each([&](Sequence& s) {
-        if (!s.cancel_requested.load(std::memory_order_relaxed)) return;
-        GenerateEvent event = event_of(s);
-        event.finish = FinishReason::kCancelled;
-        finish(s, std::move(event));
-      });
-      retire();
-    }
+    if (any_cancels) end_cancelled();
     if (!scheduler.empty() || Clock::now() >= due) return true;
   }
 }
 
+void Engine::State::end_cancelled() {
+  scheduler.for_each([&](Sequence& s) {
+    if (!s.cancel_requested.load(std::memory_order_relaxed)) return;
+    GenerateEvent event = event_of(s);
+    event.finish = FinishReason::kCancelled;
+    finish(s, std::move(event));
+  });
+  retire();
+}
+
 void Engine::State::compute_step() {
   const int64_t begin = now_ns();
-  writer.begin(StepKind::kCompute, options.generation, next_step);
+  writer.begin(StepKind::kCompute, generation, next_step);
   PHALANX_CHECK(scheduler.plan(writer));
-  executor.send(writer.finish());
+  executor.load()->send(writer.finish());
   ++next_step;
   const int64_t sent = now_ns();
   {
@@ -125,7 +141,7 @@ void Engine::State::compute_step() {
   deliver();
   StepTiming timing;
   const std::span<const float> logits =
-      executor.wait(Deadline::in_seconds(options.step_seconds), &timing);
+      executor.load()->wait(Deadline::in_seconds(options.step_seconds), &timing);
   const int64_t answered = now_ns();
   last_plan = Clock::now();
   scheduler.advance(timing.total_ns);
@@ -154,10 +170,10 @@ void Engine::State::compute_step() {
 }
 
 void Engine::State::idle_step() {
-  writer.begin(StepKind::kIdle, options.generation, next_step);
-  executor.send(writer.finish());
+  writer.begin(StepKind::kIdle, generation, next_step);
+  executor.load()->send(writer.finish());
   ++next_step;
-  (void)executor.wait(Deadline::in_seconds(options.step_seconds), nullptr);
+  (void)executor.load()->wait(Deadline::in_seconds(options.step_seconds), nullptr);
   last_plan = Clock::now();
 }
 
@@ -333,7 +349,7 @@ void Engine::State::fail_by_itself(const Error& error) {
       report_failure = true;
     }
   }
-  executor.abort(error.what());
+  executor.load()->abort(error.what());
 }
 
 }  // namespace phalanx::engine

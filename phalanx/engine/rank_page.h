@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "phalanx/base/sealed_memory.h"
 #include "phalanx/base/unique_fd.h"
 
 namespace phalanx::engine {
@@ -31,5 +32,7 @@ static_assert(sizeof(RankPage) <= 4096 && std::atomic<uint64_t>::is_always_lock_
 [[nodiscard]] UniqueFd create_rank_page();
 // Maps it; unmapped at process end. Throws Error.
 [[nodiscard]] RankPage* map_rank_page(int fd);
+// The same for whoever outlives the rank: unmapped with `mapping`.
+[[nodiscard]] RankPage* map_rank_page(int fd, SealedMapping& mapping);
 
 }  // namespace phalanx::engine

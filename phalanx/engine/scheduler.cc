@@ -239,6 +239,23 @@ void Scheduler::advance(int64_t ns) {
   }
 }
 
+void Scheduler::restart(int64_t blocks) {
+  pool_ = BlockPool({.blocks = blocks,
+                     .block_size = options_.block_size,
+                     .share_prefixes = options_.share_prefixes});
+  options_.blocks = blocks;
+  rows_.clear();
+  while (!running_.empty()) {
+    std::unique_ptr<Sequence> sequence = std::move(running_.back());
+    running_.pop_back();
+    sequence->blocks.clear();
+    sequence->computed = sequence->planned = sequence->published = 0;
+    sequence->place = 0;
+    sequence->draft.clear();
+    waiting_.push_front(std::move(sequence));
+  }
+}
+
 void Scheduler::collect(std::vector<std::unique_ptr<Sequence>>& finished) {
   const auto sweep = [&](auto& list) {
     const auto keep = std::stable_partition(list.begin(), list.end(),

@@ -79,6 +79,9 @@ class Scheduler {
   void advance(int64_t ns);
   // The first guess of `sequence` that was not accepted yet is what was sampled, and so is computed.
   void accept_draft(Sequence& sequence) { ++sequence.computed, ++accepted_drafts_; }
+  // The KV cache is lost, cached prefixes too; an empty one of `blocks` takes its place. Every
+  // sequence waits again, in order of admission, to be computed from its first token.
+  void restart(int64_t blocks);
   // Moves the finished ones out; their blocks return.
   void collect(std::vector<std::unique_ptr<Sequence>>& finished);
 
