@@ -7,6 +7,11 @@
 // same order on every node:
 //   prepare (ranks started, data listeners open) -> connect (group formed, self-test passed)
 //   -> load (weights packed) -> allocate (KV cache of the smallest node's size) -> serve.
+//
+// One run through these phases makes a generation: (random incarnation of the master, number). When
+// it is lost (a rank or node died, a link broke) every node aborts its data plane and keeps its
+// weights; the master waits for whoever is missing and runs the phases again with the next number.
+// Answers and faults carry their generation; those of another one are dropped.
 
 #include <cstdint>
 #include <functional>
@@ -26,7 +31,7 @@ class TlsMaterial;
 
 namespace phalanx::cluster {
 
-inline constexpr int kControlVersion = 1;
+inline constexpr int kControlVersion = 2;
 
 enum class NodeState { kAbsent, kJoined, kPreparing, kConnecting, kLoading, kAllocating, kReady,
                        kServing, kDraining, kStopped, kLost };
@@ -47,7 +52,7 @@ struct NodeOffer {
 // Two-phase generation data, made by the master.
 struct Generation {
   uint64_t incarnation = 0;   // random, of the master
-  uint64_t number = 0;
+  uint64_t number = 0;        // rises within an incarnation; the first is 1
   std::string numeric_class;  // best one common to all nodes
   comm::Token token{};
 };
@@ -73,9 +78,10 @@ struct LoadResult {
 
 // What the control plane asks of the node process. prepare() to serve() are called by the thread
 // that called Coordinator::start() or Participant::run(), one at a time, in that order, each at
-// most once; a throw ends the start with that error on every node. reports() comes from other
-// threads at any time and must return promptly (heartbeats wait for it). abort() comes from a
-// thread of its own. No lock is held during any call.
+// most once in a generation; a throw ends that generation on every node. prepare() also ends what
+// the generation before left behind. reports() comes from other threads at any time and must return
+// promptly (heartbeats wait for it). abort() comes from a thread of its own, never during
+// prepare() of a generation it does not mean. No lock is held during any call.
 class NodeActions {
  public:
   virtual ~NodeActions() = default;
@@ -88,9 +94,9 @@ class NodeActions {
   virtual void serve() = 0;
   [[nodiscard]] virtual std::vector<RankReport> reports() = 0;
   // The instance failed, here or elsewhere, or is stopped while one of the calls above runs: wake
-  // everything that waits on the data plane; a running call must then end soon. At most once, never
-  // before prepare(), never for an orderly stop while serving. Comes before run() throws and before
-  // on_loss() is told.
+  // everything that waits on the data plane; a running call must then end soon. At most once in a
+  // generation, never before its prepare(), never for an orderly stop while serving. Comes before
+  // run() throws and before on_loss() is told.
   virtual void abort(const std::string& reason) noexcept = 0;
 };
 
@@ -103,7 +109,13 @@ struct ControlOptions {
   JoinFacts facts;
   NodeOffer offer;
   double join_seconds = 0;              // longest wait for all nodes; 0: for ever, with a line
+  bool recover = false;                 // form a new generation after a loss (the master's counts)
+  double recovery_seconds = 300;        // longest time from a loss to serving again, and longest
+                                        // wait of a slave for its master's return
   double phase_seconds = 3600;          // longest prepare, connect, load, allocate
+  // Clocks of two nodes may differ by so much (certificates and logs depend on them); 0: any.
+  double clock_seconds = 60;
+  std::function<int64_t()> unix_ms;     // this node's clock; empty: the system's
   double notice_seconds = 5;            // between lines that say for whom we wait
   double heartbeat_seconds = 0.5;
   double lost_seconds = 2.5;            // without a heartbeat: lost
@@ -114,6 +126,7 @@ struct NodeView {
   std::string address;
   NodeState state = NodeState::kAbsent;
   double last_contact_seconds = -1;
+  std::string verdict;                  // of a lost node: dead, stuck, cut off, or away (it left)
   std::string last_reason;
   NodeOffer offer;
   std::vector<RankReport> ranks;
@@ -127,16 +140,19 @@ class Coordinator {
   ~Coordinator();
   // Waits for all nodes, then runs the phases on all of them. Returns when every node has
   // confirmed serve(). Throws Error naming node and phase, after telling every node; kCancelled
-  // after stop().
+  // after stop(). With `recover` a node or rank lost on the way is waited for, and after a loss
+  // that on_loss() told, start() is called again and forms the next generation.
   void start();
-  // Called once, from a thread of its own, when the instance is lost after start() returned: a
-  // node's stream ended, its heartbeats stopped, or a rank died. All nodes have been told to abort
-  // by then and wait for fail() or stop(), which the callback may call; it must not destroy this
-  // object. A loss that may be an echo (kUnavailable, kAborted, ...) is told after 0.3 s, in which
-  // a more telling one replaces it. Kept if the callback is set later than the loss.
+  // Called once in a generation, from a thread of its own, when the instance is lost after start()
+  // returned: a node's stream ended, its heartbeats stopped, or a rank died. All nodes have been
+  // told to abort by then and wait for start(), fail() or stop(). The callback must return soon
+  // and must not destroy this object. A loss that may be an echo (kUnavailable, kAborted, ...) is
+  // told after 0.3 s, in which a more telling one replaces it. Kept if the callback is set later
+  // than the loss.
   void on_loss(std::function<void(const std::string& node, const Error& error)> callback);
-  // Reports a fault of the master's own node (a dead rank): as if a node had reported it.
-  void report_local_fault(const Error& error);
+  // Reports a fault of the master's own node (a dead rank) in that generation: as if a node had
+  // reported it. definite: it is no echo of another node's fault.
+  void report_local_fault(uint64_t generation, const Error& error, bool definite);
   // Tells every node to stop, waits for their goodbye until the deadline. From any thread, also
   // during start(). After it, or fail(), losses are no longer told.
   void stop(const std::string& reason, Deadline deadline);
@@ -157,13 +173,14 @@ class Participant {
   // Joins (retrying while the master is unreachable, printing why, bounded by join_seconds),
   // follows the phases, then stays until the master says stop. Returns after an orderly stop or
   // leave(); throws Error when refused, when the instance failed (the same text on every node), or
-  // when the master was lost. A master lost before prepare() is waited for again. Once.
+  // when the master was lost. A master lost before prepare() is waited for again; one lost later
+  // for recovery_seconds, if its welcome said that it recovers. Once.
   void run();
   // From any thread (signal handling): leave in an orderly way.
   void leave(const std::string& reason);
-  // A rank of this node died: tell the master, then run() throws its verdict (this error if none
-  // comes within 5 s).
-  void report_local_fault(const Error& error);
+  // A rank of this node died in that generation: tells the master. Where nothing is recovered,
+  // run() then throws the master's verdict (this error if none comes within 5 s).
+  void report_local_fault(uint64_t generation, const Error& error, bool definite);
 
  private:
   struct State;

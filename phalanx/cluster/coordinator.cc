@@ -14,14 +14,15 @@ using control::v1::FromMaster;
 
 namespace {
 
-Generation make_generation(std::string numeric_class) {
+constexpr double kForEver = 1e8;
+constexpr auto kFirstPause = std::chrono::milliseconds(50);  // between attempts
+constexpr auto kLongestPause = std::chrono::milliseconds(2000);
+
+comm::Token random_token() {
   std::random_device random;
-  Generation generation;
-  generation.incarnation = (static_cast<uint64_t>(random()) << 32) | random();
-  generation.number = 1;
-  generation.numeric_class = std::move(numeric_class);
-  for (std::byte& byte : generation.token) byte = static_cast<std::byte>(random() & 0xff);
-  return generation;
+  comm::Token token{};
+  for (std::byte& byte : token) byte = static_cast<std::byte>(random() & 0xff);
+  return token;
 }
 
 FromMaster failure_message(Code code, const std::string& text) {
@@ -35,6 +36,44 @@ FromMaster failure_message(Code code, const std::string& text) {
 
 void Coordinator::State::start() {
   std::unique_lock lock(mutex);
+  const bool first = generation.number == 0;
+  give_up = Deadline::in_seconds(!first                     ? options.recovery_seconds
+                                 : options.join_seconds > 0 ? options.join_seconds
+                                                            : kForEver)
+                .when();
+  auto pause = Clock::duration(kFirstPause);
+  for (;;) {
+    begin_generation(lock);
+    try {
+      form(lock);
+      return;
+    } catch (const Lost& lost) {
+      log_warn("generation {} was lost before it served: {}; trying again", generation.number,
+               lost.text);
+    }
+    // From a first loss on, the nodes are waited for as after any other.
+    if (first) give_up = std::min(give_up, Deadline::in_seconds(options.recovery_seconds).when());
+    cv.wait_for(lock, pause, [&] { return stage == Stage::kEnding; });
+    pause = std::min<Clock::duration>(2 * pause, kLongestPause);
+  }
+}
+
+void Coordinator::State::begin_generation(std::unique_lock<std::mutex>& lock) {
+  cv.wait(lock, [&] { return !aborting && (!abort_reason || abort_called || quit); });
+  if (stage == Stage::kEnding || stage == Stage::kClosed) throw_if_over(lock);
+  failure.reset();
+  abort_reason.reset();
+  abort_called = false;
+  phase.clear();
+  phase_deadline.reset();
+  stage = Stage::kJoining;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    const bool here = nodes[i].stream != 0 || static_cast<int>(i) == options.own_server;
+    nodes[i].state = here ? NodeState::kJoined : NodeState::kAbsent;
+  }
+}
+
+void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
   wait_for_all(lock);
   std::vector<std::string> names;
   std::vector<NodeOffer> offers;
@@ -47,23 +86,24 @@ void Coordinator::State::start() {
   for (const Node& node : nodes) {
     if (&node != &master) add(node);
   }
-  Generation generation;
-  try {
-    generation = make_generation(common_numeric_class(names, offers));
-  } catch (const Error& e) {
-    fault(options.own_server, e.code(), e.what(), false);
-    throw_if_over(lock);
+  if (generation.number == 0) {  // later nodes must offer the class of the first generation
+    try {
+      generation.numeric_class = common_numeric_class(names, offers);
+    } catch (const Error& e) {
+      fault(options.own_server, e.code(), e.what(), false);
+      throw_if_over(lock);
+    }
   }
+  ++generation.number;
+  generation.token = random_token();
   stage = Stage::kPhases;
 
   FromMaster prepare;
-  prepare.mutable_prepare()->set_incarnation(generation.incarnation);
-  prepare.mutable_prepare()->set_number(generation.number);
   prepare.mutable_prepare()->set_numeric_class(generation.numeric_class);
   prepare.mutable_prepare()->set_token(generation.token.data(), generation.token.size());
   std::vector<RankEndpoint> endpoints;
   run_phase(lock, {.name = "prepare", .state = NodeState::kPreparing}, prepare,
-            [&] { endpoints = local.prepare(generation); });
+            [&, present = generation] { endpoints = local.prepare(present); });
   nodes[static_cast<size_t>(options.own_server)].endpoints = endpoints;
 
   std::vector<comm::Member> all;
@@ -120,27 +160,28 @@ void Coordinator::State::start() {
 
 void Coordinator::State::wait_for_all(std::unique_lock<std::mutex>& lock) {
   waiting = true;
+  const auto begin = Clock::now();
   next_notice = Deadline::in_seconds(std::min(1.0, options.notice_seconds)).when();
   const auto all_here = [&] {
     return std::all_of(nodes.begin(), nodes.end(),
                        [](const Node& node) { return node.state != NodeState::kAbsent; });
   };
-  const Deadline deadline =
-      Deadline::in_seconds(options.join_seconds > 0 ? options.join_seconds : 1e8);
   const auto ready = [&] { return all_here() || stage != Stage::kJoining || failure; };
-  const bool in_time = cv.wait_until(lock, deadline.when(), ready);
+  const bool in_time = cv.wait_until(lock, give_up, ready);
   waiting = false;
   if (!in_time) {
+    const std::chrono::duration<double> waited = Clock::now() - begin;
     fault(options.own_server, Code::kDeadlineExceeded,
-          fmt::format("not all nodes joined within {:.0f} s: {}", options.join_seconds, notice()),
+          fmt::format("not all nodes {} within {:.0f} s: {}",
+                      generation.number == 0 ? "joined" : "returned", waited.count(), notice()),
           false);
+    failure->recoverable = false;
   }
   throw_if_over(lock);
 }
 
 void Coordinator::State::run_phase(std::unique_lock<std::mutex>& lock, const Phase& what,
-                                   const FromMaster& message,
-                                   const std::function<void()>& action) {
+                                   FromMaster message, const std::function<void()>& action) {
   throw_if_over(lock);
   phase = what.name;
   phase_since = Clock::now();
@@ -191,6 +232,9 @@ void Coordinator::State::throw_if_over(std::unique_lock<std::mutex>& lock) {
     cv.wait_until(lock, settles, [&] { return stage == Stage::kEnding; });
     const Code code = failure->code;
     const std::string text = failure->full_text();
+    if (stage != Stage::kEnding && options.recover && failure->recoverable &&
+        Clock::now() < give_up)
+      throw Lost{text};
     end(lock, failure_message(code, text), Deadline::in_seconds(2));
     throw Error(code, text);
   }
@@ -270,11 +314,11 @@ void Coordinator::on_loss(std::function<void(const std::string&, const Error&)> 
   state_->cv.notify_all();
 }
 
-void Coordinator::report_local_fault(const Error& error) {
+void Coordinator::report_local_fault(uint64_t generation, const Error& error, bool definite) {
   const std::lock_guard lock(state_->mutex);
+  if (generation != state_->generation.number || state_->stage == State::Stage::kJoining) return;
   state_->fault(state_->options.own_server, error.code(),
-                named(state_->name_of(state_->options.own_server), error.what()),
-                true);
+                named(state_->name_of(state_->options.own_server), error.what()), !definite);
 }
 
 void Coordinator::stop(const std::string& reason, Deadline deadline) {
@@ -306,6 +350,7 @@ std::vector<NodeView> Coordinator::nodes() const {
          .state = node.state,
          .last_contact_seconds =
              is_own ? 0 : ever ? std::chrono::duration<double>(now - node.contact).count() : -1,
+         .verdict = node.verdict,
          .last_reason = node.reason,
          .offer = node.offer,
          .ranks = is_own ? std::move(own) : node.ranks});

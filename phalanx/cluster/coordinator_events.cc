@@ -1,10 +1,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <random>
 
 #include "control.pb.h"
 #include "phalanx/base/log.h"
 #include "phalanx/cluster/coordinator_state.h"
+#include "phalanx/cluster/host_probe.h"
 #include "phalanx/cluster/join_check.h"
 #include "phalanx/net/address.h"
 
@@ -38,6 +40,8 @@ FromMaster refused(Code code, const std::string& reason) {
 Coordinator::State::State(const ControlOptions& given, NodeActions& actions)
     : options(given), facts(all_facts(given)), local(actions) {
   const std::unique_lock lock(mutex);  // streams may come before `server` is set
+  std::random_device random;
+  generation.incarnation = (static_cast<uint64_t>(random()) << 32) | random();
   for (const Server& entry : options.table.servers) {
     Node node;
     node.name = entry.address();
@@ -87,7 +91,9 @@ int Coordinator::State::server_of(StreamId stream) const {
   return -1;
 }
 
-void Coordinator::State::send_all(const FromMaster& message, bool droppable) {
+void Coordinator::State::send_all(FromMaster message, bool droppable) {
+  message.set_incarnation(generation.incarnation);
+  message.set_generation(generation.number);
   for (const Node& node : nodes) {
     if (node.stream != 0) server->send(node.stream, message, droppable);
   }
@@ -117,7 +123,7 @@ void Coordinator::State::on_end(StreamId stream) {
     if (stage == Stage::kClosed) return;
     pending.erase(stream);
     const int index = server_of(stream);
-    if (index >= 0) line = lose(index, "its connection ended");
+    if (index >= 0) line = lose(index, "dead", "its connection ended");
     cv.notify_all();
   }
   if (!line.empty()) log_warn("{}", line);
@@ -143,6 +149,7 @@ std::string Coordinator::State::join(StreamId stream, const FromNode& message) {
   node.stream = stream;
   node.state = NodeState::kJoined;
   node.since = node.contact = Clock::now();
+  node.verdict.clear();
   node.reason.clear();
   node.offer = {.build = printable(join.build(), 200),
                 .numeric_classes = {join.numeric_classes().begin(), join.numeric_classes().end()},
@@ -151,6 +158,8 @@ std::string Coordinator::State::join(StreamId stream, const FromNode& message) {
   for (std::string& name : node.offer.numeric_classes) name = printable(name, 100);
   FromMaster welcome;
   welcome.mutable_welcome()->set_build(options.offer.build);
+  welcome.mutable_welcome()->set_recover(options.recover);
+  welcome.mutable_welcome()->set_recovery_seconds(options.recovery_seconds);
   server->send(stream, welcome);
   cv.notify_all();
   return fmt::format("node {} joined ({} cores, {:.1f} GiB)", node.name, node.offer.cores,
@@ -165,8 +174,10 @@ std::string Coordinator::State::refusal(const FromNode& message, Code& code) {
   JoinFacts theirs;
   for (const auto& fact : join.facts())
     theirs.emplace_back(printable(fact.name(), 200), printable(fact.value(), 400));
+  JoinFacts ours = facts;
+  add_clocks(options, unix_ms(options), join.unix_ms(), ours, theirs);
   const std::string table =
-      mismatch_table(facts, theirs, "master " + own, name);
+      mismatch_table(ours, theirs, "master " + own, name);
   if (!table.empty()) {
     return fmt::format("{} does not fit the master {}; these differ:\n{}\nFix: give all nodes the "
                        "same program, rank table, configuration and model",
@@ -192,6 +203,17 @@ std::string Coordinator::State::refusal(const FromNode& message, Code& code) {
     code = Code::kUnavailable;  // the node tries again: the master may be restarting
     return fmt::format("the instance of master {} is stopping", own);
   }
+  if (generation.number > 0 &&
+      std::find(join.numeric_classes().begin(), join.numeric_classes().end(),
+                generation.numeric_class) == join.numeric_classes().end() &&
+      !generation.numeric_class.empty()) {
+    return fmt::format("{} does not offer the numeric class {} that this instance computes in: its "
+                       "tokens would differ. Fix: run it on a machine that has it, without "
+                       "PHALANX_CPU_ISA",
+                       name, generation.numeric_class);
+  }
+  // Its entry is vacant, so the instance waits for it or is about to.
+  if (options.recover) return {};
   if (stage != Stage::kJoining || failure) {
     return fmt::format("the instance of master {} has already started without room for {}. Fix: "
                        "restart all nodes", own, name);
@@ -199,9 +221,24 @@ std::string Coordinator::State::refusal(const FromNode& message, Code& code) {
   return {};
 }
 
+bool Coordinator::State::of_present_generation(const FromNode& message) const {
+  return message.incarnation() == generation.incarnation &&
+         message.generation() == generation.number;
+}
+
 std::string Coordinator::State::handle(int index, const FromNode& message) {
   Node& node = nodes[static_cast<size_t>(index)];
   node.contact = Clock::now();
+  const bool about_itself =
+      message.has_heartbeat() || message.has_leave() || message.has_goodbye() || message.has_join();
+  if (!about_itself && !of_present_generation(message)) {
+    return fmt::format("{}: dropped a message of generation {} (incarnation {:016x}); the present "
+                       "one is {} ({:016x})",
+                       name_of(index), message.generation(), message.incarnation(),
+                       generation.number, generation.incarnation);
+  }
+  // An echo of a generation that is over already.
+  if (!about_itself && stage == Stage::kJoining) return {};
   switch (message.kind_case()) {
     case FromNode::kHeartbeat:
       node.ranks.clear();
@@ -237,12 +274,13 @@ std::string Coordinator::State::handle(int index, const FromNode& message) {
       return {};
     case FromNode::kFault:
       fault(index, code_of(message.fault().code()),
-            named(name_of(index), printable(message.fault().message())), true);
+            named(name_of(index), printable(message.fault().message())),
+            !message.fault().definite());
       return {};
     case FromNode::kLeave: {
-      const std::string why = "it left: " + printable(message.leave().reason(), 400);
+      const std::string why = printable(message.leave().reason(), 400);
       const StreamId stream = node.stream;
-      const std::string line = lose(index, why);
+      const std::string line = lose(index, "away", "it left: " + why);
       server->finish(stream);
       return line;
     }
@@ -262,19 +300,21 @@ void Coordinator::State::phase_done(int index, const std::string& name) {
   cv.notify_all();
 }
 
-std::string Coordinator::State::lose(int index, const std::string& why) {
+std::string Coordinator::State::lose(int index, const std::string& verdict,
+                                     const std::string& why) {
   Node& node = nodes[static_cast<size_t>(index)];
   if (node.stream == 0) return {};
   node.stream = 0;
   node.since = Clock::now();
-  node.reason = why;
+  node.verdict = verdict;
+  node.reason = verdict + ": " + why;
   cv.notify_all();
   if (stage == Stage::kEnding) {
     node.state = NodeState::kStopped;
     return {};
   }
   const std::string during = phase.empty() ? "" : " in phase " + phase;
-  const std::string line = fmt::format("{} is lost{}: {}", name_of(index), during, why);
+  const std::string line = fmt::format("{} is {}{}: {}", name_of(index), verdict, during, why);
   if (stage == Stage::kJoining) {
     node.state = NodeState::kAbsent;
     return line + "; waiting for it again";
@@ -287,6 +327,7 @@ std::string Coordinator::State::lose(int index, const std::string& why) {
     failure->code = Code::kUnavailable;
     failure->server = index;
     failure->symptom = false;
+    failure->recoverable = true;
   } else {
     fault(index, Code::kUnavailable, line, false);
   }
@@ -297,19 +338,24 @@ void Coordinator::State::fault(int index, Code code, const std::string& text, bo
   if (stage == Stage::kEnding || stage == Stage::kClosed) return;
   symptom = symptom && may_be_symptom(code);
   if (failure) {
-    if (Clock::now() >= failure->settles || failure->server == index) return;
+    if (Clock::now() >= failure->settles) return;
     if (failure->symptom && !symptom) {
       failure->also.insert(failure->also.begin(), failure->text);
       failure->text = text;
       failure->code = code;
       failure->server = index;
       failure->symptom = false;
-    } else if (failure->also.size() < 8) {
+      failure->recoverable = stage == Stage::kServing;
+    } else if (failure->server != index && failure->also.size() < 8) {
       failure->also.push_back(text);
     }
     return;
   }
-  failure = Failure{.server = index, .code = code, .text = text, .symptom = symptom};
+  failure = Failure{.server = index,
+                    .code = code,
+                    .text = text,
+                    .symptom = symptom,
+                    .recoverable = may_be_symptom(code) || stage == Stage::kServing};
   failure->settles = Clock::now() + (symptom ? Clock::duration(kSettle) : Clock::duration(0));
   if (stage != Stage::kJoining) {
     abort_reason = text;
@@ -359,8 +405,15 @@ void Coordinator::State::tick() {
       node.contact = std::min(node.contact + stall, now);
       if (now - node.contact < seconds(options.lost_seconds)) continue;
       const StreamId stream = node.stream;
-      warnings.push_back(lose(static_cast<int>(i), fmt::format("no sign of life for {:.1f} s",
-                                                               seconds_since(node.contact))));
+      lock.unlock();
+      const bool answers = host_answers(node.name);
+      lock.lock();
+      if (node.stream != stream || node.contact > now) continue;
+      warnings.push_back(lose(
+          static_cast<int>(i), answers ? "stuck" : "cut off",
+          fmt::format("no sign of life for {:.1f} s; its host {}", seconds_since(node.contact),
+                      answers ? "answers, so its node process stands still"
+                              : "does not answer either")));
       server->cancel(stream);
     }
     for (const auto& [stream, waiting_stream] : pending) {
@@ -399,24 +452,33 @@ void Coordinator::State::tick() {
 
 void Coordinator::State::watch() {
   std::unique_lock lock(mutex);
-  cv.wait(lock, [&] { return abort_reason || quit; });
-  if (!abort_reason) return;
-  const std::string reason = *abort_reason;
-  lock.unlock();
-  local.abort(reason);
-  lock.lock();
-  if (!failure) return;
-  // Only a loss while serving is told here; before that, start() throws it.
-  if (stage != Stage::kServing) return;
-  const Clock::time_point settles = failure->settles;
-  cv.wait_until(lock, settles, [&] { return quit; });
-  cv.wait(lock, [&] { return callback != nullptr || quit || stage != Stage::kServing; });
-  if (quit || stage != Stage::kServing) return;
-  const std::string name = nodes[static_cast<size_t>(failure->server)].name;
-  const Error error(failure->code, failure->full_text());
-  const auto call = callback;
-  lock.unlock();
-  call(name, error);
+  for (;;) {
+    cv.wait(lock, [&] { return quit || (abort_reason && !abort_called); });
+    if (!abort_reason || abort_called) return;
+    const std::string reason = *abort_reason;
+    const uint64_t number = generation.number;
+    abort_called = aborting = true;
+    lock.unlock();
+    local.abort(reason);
+    lock.lock();
+    aborting = false;
+    cv.notify_all();
+    // Only a loss while serving is told here; before that, start() deals with it.
+    const auto over = [&] {
+      return quit || stage != Stage::kServing || generation.number != number || !failure;
+    };
+    if (over()) continue;
+    const Clock::time_point settles = failure->settles;
+    cv.wait_until(lock, settles, over);
+    cv.wait(lock, [&] { return callback != nullptr || over(); });
+    if (over()) continue;
+    const std::string name = nodes[static_cast<size_t>(failure->server)].name;
+    const Error error(failure->code, failure->full_text());
+    const auto call = callback;
+    lock.unlock();
+    call(name, error);
+    lock.lock();
+  }
 }
 
 }  // namespace phalanx::cluster

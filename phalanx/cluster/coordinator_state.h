@@ -32,6 +32,7 @@ struct Coordinator::State final : ControlServer::Handler {
     bool done = false;           // with the current phase
     Clock::time_point since;     // of the present state of being there or missing
     Clock::time_point contact;
+    std::string verdict;         // dead, stuck, cut off or away, while it is lost
     std::string reason;          // last refusal or loss
     NodeOffer offer;
     std::vector<RankReport> ranks;
@@ -45,6 +46,7 @@ struct Coordinator::State final : ControlServer::Handler {
     std::vector<std::string> also;  // what others reported while it settled
     Clock::time_point settles;      // until then a more telling cause may replace it
     bool symptom = false;           // may be the echo of another node's death
+    bool recoverable = false;       // the next generation may do better
     [[nodiscard]] std::string full_text() const;
   };
   struct Pending {                  // a stream that has not joined
@@ -61,11 +63,19 @@ struct Coordinator::State final : ControlServer::Handler {
   State(const ControlOptions& options, NodeActions& local);
   ~State() override;
 
-  // start(), in order.
+  // This generation was lost before it served; the next one may do better.
+  struct Lost {
+    std::string text;
+  };
+
   void start();
+  // Ends what is left of the last generation: nothing of it is waited for or answered any more.
+  void begin_generation(std::unique_lock<std::mutex>& lock);
+  // One generation, in order. Throws Lost, or Error when all is over.
+  void form(std::unique_lock<std::mutex>& lock);
   void wait_for_all(std::unique_lock<std::mutex>& lock);
   void run_phase(std::unique_lock<std::mutex>& lock, const Phase& phase,
-                 const control::v1::FromMaster& message, const std::function<void()>& action);
+                 control::v1::FromMaster message, const std::function<void()>& action);
   void throw_if_over(std::unique_lock<std::mutex>& lock);
   std::vector<comm::Member> members() const;
 
@@ -83,11 +93,12 @@ struct Coordinator::State final : ControlServer::Handler {
   std::string refusal(const control::v1::FromNode& message, Code& code);
   void phase_done(int server, const std::string& phase);
   // The node's stream ended or fell silent. Returns a line to log.
-  std::string lose(int server, const std::string& why);
+  std::string lose(int server, const std::string& verdict, const std::string& why);
   // The instance failed on `server`. The first stands, unless it is a symptom and the cause shows
   // before it settles.
   void fault(int server, Code code, const std::string& text, bool symptom);
-  void send_all(const control::v1::FromMaster& message, bool droppable = false);
+  [[nodiscard]] bool of_present_generation(const control::v1::FromNode& message) const;
+  void send_all(control::v1::FromMaster message, bool droppable = false);
 
   void tick();
   void watch();
@@ -109,8 +120,11 @@ struct Coordinator::State final : ControlServer::Handler {
   std::string phase;                 // being run, empty in between
   std::optional<Clock::time_point> phase_deadline;
   Clock::time_point phase_since, next_notice;
-  std::optional<Failure> failure;
-  std::optional<std::string> abort_reason;  // the watcher calls abort() once
+  Generation generation;             // the present one; its number is 0 before the first
+  Clock::time_point give_up;         // start() ends by then unless all are there
+  std::optional<Failure> failure;    // of this generation
+  std::optional<std::string> abort_reason;  // the watcher calls abort() once in a generation
+  bool abort_called = false, aborting = false;
   std::string stop_reason;
   std::function<void(const std::string&, const Error&)> callback;
   bool quit = false;

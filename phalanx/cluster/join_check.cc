@@ -1,8 +1,11 @@
 #include "phalanx/cluster/join_check.h"
 
+#include <fmt/chrono.h>
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <map>
 
 namespace phalanx::cluster {
@@ -78,6 +81,24 @@ std::string common_numeric_class(const std::vector<std::string>& names,
   text.back() = '.';
   throw Error(Code::kFailedPrecondition,
               text + " Fix: run the same build on all nodes, without PHALANX_CPU_ISA");
+}
+
+int64_t unix_ms(const ControlOptions& options) {
+  if (options.unix_ms) return options.unix_ms();
+  return std::chrono::duration_cast<std::chrono::milliseconds>(
+             std::chrono::system_clock::now().time_since_epoch())
+      .count();
+}
+
+void add_clocks(const ControlOptions& options, int64_t own_ms, int64_t other_ms, JoinFacts& own,
+                JoinFacts& other) {
+  const double apart = std::abs(static_cast<double>(own_ms) - static_cast<double>(other_ms)) / 1000;
+  if (options.clock_seconds <= 0 || apart <= options.clock_seconds) return;
+  const auto text = [](int64_t ms) {
+    return fmt::format("{:%Y-%m-%d %H:%M:%S} UTC", fmt::gmtime(static_cast<std::time_t>(ms / 1000)));
+  };
+  own.emplace_back("clock", text(own_ms));
+  other.emplace_back("clock", fmt::format("{}, {:.0f} s apart", text(other_ms), apart));
 }
 
 std::string printable(const std::string& text, size_t max_bytes) {

@@ -34,4 +34,10 @@ namespace phalanx::cluster {
 // Codes with which a rank reports that a peer vanished, rather than a fault of its own.
 [[nodiscard]] bool may_be_symptom(Code code);
 
+// Milliseconds since 1970 by the clock of `options`.
+[[nodiscard]] int64_t unix_ms(const ControlOptions& options);
+// A row for mismatch_table() on each side when two clocks differ by more than options allow.
+void add_clocks(const ControlOptions& options, int64_t own_ms, int64_t other_ms, JoinFacts& own,
+                JoinFacts& other);
+
 }  // namespace phalanx::cluster

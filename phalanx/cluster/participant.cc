@@ -13,6 +13,7 @@
 #include "phalanx/base/log.h"
 #include "phalanx/cluster/control.h"
 #include "phalanx/cluster/control_client.h"
+#include "phalanx/cluster/host_probe.h"
 #include "phalanx/cluster/join_check.h"
 #include "phalanx/net/address.h"
 
@@ -77,7 +78,7 @@ struct Participant::State final : ControlClient::Handler {
   // Life as a joined node. Returns, without the lock, with `ended` set if the stream ended before
   // anything was begun, and with `ended` empty after an orderly end.
   void follow(std::unique_lock<std::mutex>& lock);
-  FromNode obey(const FromMaster& message, std::unique_lock<std::mutex>& lock);
+  void obey(const FromMaster& message, std::unique_lock<std::mutex>& lock);
   bool wait_welcome(std::unique_lock<std::mutex>& lock);
   void say_leave(std::unique_lock<std::mutex>& lock);
   // Says what failed here, then ends run() with the master's verdict, or `error` if none comes.
@@ -88,10 +89,26 @@ struct Participant::State final : ControlClient::Handler {
   void on_end(Code code, const std::string& reason) override;
   void tick();
   void watch();
-  void abort_locked(const std::string& reason) {
-    if (prepared && !abort_reason) abort_reason = reason;
+  // Ends this generation here: the watcher calls abort() once.
+  void abort_locked(const std::string& reason) { abort_locked(reason, generation.number); }
+  void abort_locked(const std::string& reason, uint64_t number) {
+    if (number > aborted) {
+      aborted = number;
+      abort_reason = reason;
+    }
     cv.notify_all();
   }
+  // Sends with the present generation.
+  void send(FromNode message, bool droppable = false) {
+    message.set_incarnation(generation.incarnation);
+    message.set_generation(generation.number);
+    client->send(message, droppable);
+  }
+  // Says that something failed here: where the master recovers, the next order follows, else run()
+  // ends with its verdict.
+  void report(std::unique_lock<std::mutex>& lock, const FromNode& message, const Error& error);
+  // Why this order may not be obeyed; empty: it may.
+  std::string out_of_order(const FromMaster& message) const;
   [[nodiscard]] Error lost_error() const {
     return Error(Code::kUnavailable,
                  fmt::format("master {} is lost{}: {}", master,
@@ -108,27 +125,39 @@ struct Participant::State final : ControlClient::Handler {
   std::deque<FromMaster> inbox;           // without heartbeats and waiting lines
   std::optional<End> ended;               // the stream; what is in the inbox came before
   std::optional<std::string> leaving;
-  std::optional<Error> local_fault;
-  std::optional<std::string> abort_reason;  // the watcher calls abort() once
+  std::optional<Error> local_fault;         // of the present generation
+  bool local_fault_definite = false;
+  Generation generation;                    // prepared last; number 0: none on this stream
+  uint64_t aborted = 0;                     // highest generation that was told to end
+  uint64_t abort_called = 0;                // highest one that abort() was called for
+  bool aborting = false;
+  std::string abort_reason;
   Clock::time_point contact;
   std::string phase;        // being run
   bool in_action = false;
   bool stop_received = false;
-  bool prepared = false;    // a generation exists: there is something to abort
+  std::optional<Clock::time_point> claimed_since;  // by another process, as the master says
+  bool prepared = false;    // ever: there are weights to keep
+  bool recover = false;     // as the master's welcome says
+  double recovery_seconds = 0;
   bool quit = false;
 };
 
 void Participant::State::run() {
-  const auto begin = Clock::now();
+  auto begin = Clock::now();
   auto next_notice = begin;
+  double limit = options.join_seconds;
   std::string last_reason;
   auto pause = std::chrono::milliseconds(100);
   std::unique_lock lock(mutex);
   while (true) {
     if (leaving) return;
-    if (local_fault) throw Error(*local_fault);
+    if (local_fault && !recover) throw Error(*local_fault);
     inbox.clear();
     ended.reset();
+    local_fault.reset();
+    generation = {};
+    aborted = abort_called = 0;
     lock.unlock();
     client = std::make_unique<ControlClient>(
         master, options.port,
@@ -142,13 +171,25 @@ void Participant::State::run() {
       follow(lock);
       lock.lock();
       if (!ended) return;
+      begin = Clock::now();
+      if (prepared) {
+        limit = recovery_seconds;
+        log_error("{}; this node keeps its weights and waits up to {:.0f} s for it",
+                  lost_error().what(), limit);
+      }
     }
     const std::string reason = ended ? ended->reason : "stopped";
     lock.unlock();
     client.reset();
     lock.lock();
-    if (leaving || local_fault) continue;
-    if (options.join_seconds > 0 && seconds_since(begin) >= options.join_seconds) {
+    if (leaving) continue;
+    if (prepared && seconds_since(begin) >= limit) {
+      throw Error(Code::kUnavailable,
+                  fmt::format("master {} is lost and did not return within {:.0f} s; last reason: "
+                              "{}",
+                              net::endpoint(master, options.port), limit, reason));
+    }
+    if (limit > 0 && seconds_since(begin) >= limit) {
       throw Error(Code::kDeadlineExceeded,
                   fmt::format("master {} did not take this node ({}) within {:.0f} s; last reason: "
                               "{}. Fix: start the master, and check that {} is reachable from here",
@@ -161,7 +202,7 @@ void Participant::State::run() {
       last_reason = reason;
       next_notice = Clock::now() + seconds(options.notice_seconds);
     }
-    cv.wait_for(lock, pause, [&] { return leaving || local_fault; });
+    cv.wait_for(lock, pause, [&] { return leaving.has_value(); });
     pause = std::min(pause * 2, std::chrono::milliseconds(1000));
   }
 }
@@ -182,9 +223,10 @@ bool Participant::State::wait_welcome(std::unique_lock<std::mutex>& lock) {
   for (const std::string& name : options.offer.numeric_classes) join->add_numeric_classes(name);
   join->set_memory_bytes(options.offer.memory_bytes);
   join->set_cores(options.offer.cores);
+  join->set_unix_ms(unix_ms(options));
   client->send(message);
   const bool answered = cv.wait_for(lock, seconds(kWelcomeSeconds), [&] {
-    return !inbox.empty() || ended || leaving || local_fault;
+    return !inbox.empty() || ended || leaving;
   });
   if (!answered) ended = End{Code::kUnavailable, "no answer to the join"};
   if (inbox.empty() && ended && ended->code == Code::kPermissionDenied)
@@ -194,10 +236,18 @@ bool Participant::State::wait_welcome(std::unique_lock<std::mutex>& lock) {
   inbox.pop_front();
   if (answer.has_welcome()) {
     contact = Clock::now();
+    recover = answer.welcome().recover();
+    recovery_seconds = answer.welcome().recovery_seconds();
+    claimed_since.reset();
     return true;
   }
   if (answer.has_refused()) {
-    if (code_of(answer.refused().code()) == Code::kUnavailable) {
+    const Code code = code_of(answer.refused().code());
+    // The process that had this entry before may be gone without the master knowing it yet.
+    if (code == Code::kAlreadyExists && !claimed_since) claimed_since = Clock::now();
+    const bool stale_claim = code == Code::kAlreadyExists &&
+                             seconds_since(*claimed_since) < 2 * options.lost_seconds;
+    if (code == Code::kUnavailable || stale_claim) {
       ended = End{Code::kUnavailable, printable(answer.refused().reason())};
       return false;
     }
@@ -227,17 +277,21 @@ void Participant::State::follow(std::unique_lock<std::mutex>& lock) {
       // No deadline of its own: the ticker ends the stream when the master falls silent.
       cv.wait(lock, [&] { return !inbox.empty() || ended || leaving || local_fault; });
       if (local_fault) {
+        const Error error = *local_fault;
+        if (recover) local_fault.reset();
         FromNode message;
-        message.mutable_fault()->set_code(static_cast<int>(local_fault->code()));
-        message.mutable_fault()->set_message(local_fault->what());
-        fail(lock, message, *local_fault);
+        message.mutable_fault()->set_code(static_cast<int>(error.code()));
+        message.mutable_fault()->set_message(error.what());
+        message.mutable_fault()->set_definite(local_fault_definite);
+        report(lock, message, error);
+        continue;
       }
       if (leaving) {
         say_leave(lock);
         break;
       }
       if (inbox.empty()) {
-        if (prepared) throw lost_error();
+        if (prepared && !recover) throw lost_error();
         break;
       }
       const FromMaster message = inbox.front();
@@ -247,7 +301,7 @@ void Participant::State::follow(std::unique_lock<std::mutex>& lock) {
         log_info("master {} stops the instance: {}", master, printable(message.stop().reason()));
         FromNode goodbye;
         goodbye.mutable_goodbye();
-        client->send(goodbye);
+        send(goodbye);
         lock.unlock();
         client->finish(Deadline::in_seconds(kFarewellSeconds));
         lock.lock();
@@ -257,22 +311,52 @@ void Participant::State::follow(std::unique_lock<std::mutex>& lock) {
       if (message.has_fail()) {
         throw Error(code_of(message.fail().code()), printable(message.fail().message(), 100'000));
       }
-      if (abort_reason) continue;  // nothing new is begun; the verdict follows
-      const FromNode answer = obey(message, lock);
-      if (answer.kind_case() != FromNode::KIND_NOT_SET) client->send(answer);
+      obey(message, lock);
     }
   }
 }
 
-FromNode Participant::State::obey(const FromMaster& message, std::unique_lock<std::mutex>& lock) {
+std::string Participant::State::out_of_order(const FromMaster& message) const {
+  const auto name = [](uint64_t incarnation, uint64_t number) {
+    return fmt::format("generation {} (incarnation {:016x})", number, incarnation);
+  };
+  const std::string theirs = name(message.incarnation(), message.generation());
+  const std::string ours = name(generation.incarnation, generation.number);
+  if (!message.has_prepare()) {
+    if (message.incarnation() == generation.incarnation &&
+        message.generation() == generation.number && generation.number > 0)
+      return {};
+    return fmt::format("an order for {} came, the one prepared is {}", theirs, ours);
+  }
+  if (generation.number == 0) return {};
+  if (message.incarnation() != generation.incarnation)
+    return fmt::format("{} came on a connection that has {}", theirs, ours);
+  if (message.generation() <= generation.number)
+    return fmt::format("{} was to be prepared again, after {}", theirs, ours);
+  return {};
+}
+
+void Participant::State::obey(const FromMaster& message, std::unique_lock<std::mutex>& lock) {
   static const std::map<FromMaster::KindCase, const char*> names{
       {FromMaster::kPrepare, "prepare"},   {FromMaster::kConnect, "connect"},
       {FromMaster::kLoad, "load"},         {FromMaster::kAllocate, "allocate"},
       {FromMaster::kServe, "serve"}};
   const auto name = names.find(message.kind_case());
-  if (name == names.end()) return {};
+  if (name == names.end()) return;
+  if (const std::string wrong = out_of_order(message); !wrong.empty()) {
+    log_warn("refused the order '{}' of master {}: {}", name->second, master, wrong);
+    return;
+  }
+  if (message.has_prepare()) {
+    cv.wait(lock, [&] { return !aborting && (abort_called == aborted || quit); });
+    generation = {.incarnation = message.incarnation(),
+                  .number = message.generation(),
+                  .numeric_class = printable(message.prepare().numeric_class(), 100)};
+    local_fault.reset();
+    prepared = true;
+  }
+  if (aborted >= generation.number) return;  // over already; the master knows
   phase = name->second;
-  prepared = true;
   in_action = true;
   lock.unlock();
   FromNode answer;
@@ -280,15 +364,13 @@ FromNode Participant::State::obey(const FromMaster& message, std::unique_lock<st
   try {
     switch (message.kind_case()) {
       case FromMaster::kPrepare: {
-        const auto& p = message.prepare();
-        Generation generation{.incarnation = p.incarnation(),
-                              .number = p.number(),
-                              .numeric_class = printable(p.numeric_class(), 100)};
-        if (p.token().size() != generation.token.size())
+        Generation present = generation;
+        const std::string& token = message.prepare().token();
+        if (token.size() != present.token.size())
           throw Error(Code::kInternal, "the master sent a token of the wrong size");
-        std::memcpy(generation.token.data(), p.token().data(), generation.token.size());
+        std::memcpy(present.token.data(), token.data(), token.size());
         answer.mutable_prepared();
-        for (const RankEndpoint& e : local.prepare(generation)) {
+        for (const RankEndpoint& e : local.prepare(present)) {
           auto* endpoint = answer.mutable_prepared()->add_endpoints();
           endpoint->set_rank(e.rank);
           endpoint->set_address(e.address);
@@ -332,21 +414,29 @@ FromNode Participant::State::obey(const FromMaster& message, std::unique_lock<st
   in_action = false;
   if (error) {
     // When it threw because it was told to stop, the loop finds the order in the inbox.
-    if (leaving || stop_received) return {};
-    FromNode failed;
-    failed.mutable_phase_failed()->set_code(static_cast<int>(error->code()));
-    failed.mutable_phase_failed()->set_message(error->what());
-    fail(lock, failed,
-         Error(error->code(), fmt::format("node {} failed in phase {}: {}", own, phase,
-                                          error->what())));
+    if (leaving || stop_received) return;
+    answer = {};
+    answer.mutable_phase_failed()->set_code(static_cast<int>(error->code()));
+    answer.mutable_phase_failed()->set_message(error->what());
+    report(lock, answer,
+           Error(error->code(),
+                 fmt::format("node {} failed in phase {}: {}", own, phase, error->what())));
+  } else {
+    send(answer);
   }
   phase.clear();
-  return answer;
+}
+
+void Participant::State::report(std::unique_lock<std::mutex>& lock, const FromNode& message,
+                                const Error& error) {
+  if (!recover) fail(lock, message, error);
+  log_warn("{}", error.what());
+  send(message);
 }
 
 void Participant::State::fail(std::unique_lock<std::mutex>& lock, const FromNode& message,
                               const Error& error) {
-  client->send(message);
+  send(message);
   const Deadline deadline = Deadline::in_seconds(kVerdictSeconds);
   while (cv.wait_until(lock, deadline.when(), [&] { return !inbox.empty() || ended; })) {
     if (inbox.empty()) {
@@ -365,7 +455,7 @@ void Participant::State::fail(std::unique_lock<std::mutex>& lock, const FromNode
 void Participant::State::say_leave(std::unique_lock<std::mutex>& lock) {
   FromNode message;
   message.mutable_leave()->set_reason(*leaving);
-  client->send(message);
+  send(message);
   lock.unlock();
   client->finish(Deadline::in_seconds(kFarewellSeconds));
   lock.lock();
@@ -381,7 +471,8 @@ void Participant::State::on_message(const FromMaster& message) {
     if (message.has_waiting()) {
       line = printable(message.waiting().line());
     } else {
-      if (message.has_abort()) abort_locked(printable(message.abort().reason()));
+      if (message.has_abort())
+        abort_locked(printable(message.abort().reason()), message.generation());
       if (message.has_fail()) abort_locked(printable(message.fail().message()));
       if (message.has_stop()) {
         stop_received = true;
@@ -420,8 +511,8 @@ void Participant::State::tick() {
     } catch (const std::exception& e) {
       log_warn("no report of the ranks: {}", e.what());
     }
-    client->send(message, true);
     lock.lock();
+    send(message, true);
     cv.wait_until(lock, last + seconds(options.heartbeat_seconds), [&] { return quit; });
     const auto now = Clock::now();
     // If this process itself was held up, silence of the master proves nothing.
@@ -430,8 +521,14 @@ void Participant::State::tick() {
     last = now;
     contact = std::min(contact + stall, now);
     if (!ended && !quit && now - contact >= seconds(options.lost_seconds)) {
+      lock.unlock();
+      const bool answers = host_answers(master);
+      lock.lock();
+      if (ended || quit || contact > now) continue;
       ended = End{Code::kUnavailable,
-                  fmt::format("no sign of life for {:.1f} s", seconds_since(contact))};
+                  fmt::format("no sign of life for {:.1f} s; its host {}", seconds_since(contact),
+                              answers ? "answers, so its node process stands still"
+                                      : "does not answer either")};
       abort_locked(lost_error().what());
     }
   }
@@ -439,11 +536,21 @@ void Participant::State::tick() {
 
 void Participant::State::watch() {
   std::unique_lock lock(mutex);
-  cv.wait(lock, [&] { return abort_reason || quit; });
-  if (!abort_reason) return;
-  const std::string reason = *abort_reason;
-  lock.unlock();
-  local.abort(reason);
+  for (;;) {
+    cv.wait(lock, [&] { return aborted > abort_called || quit; });
+    if (aborted == abort_called) return;
+    // A generation that ended before its turn has nothing to abort.
+    const bool present = generation.number > abort_called && generation.number <= aborted;
+    abort_called = aborted;
+    if (!present) continue;
+    const std::string reason = abort_reason;
+    aborting = true;
+    lock.unlock();
+    local.abort(reason);
+    lock.lock();
+    aborting = false;
+    cv.notify_all();
+  }
 }
 
 Participant::Participant(const ControlOptions& options, NodeActions& local)
@@ -467,9 +574,13 @@ void Participant::leave(const std::string& reason) {
   state_->cv.notify_all();
 }
 
-void Participant::report_local_fault(const Error& error) {
+void Participant::report_local_fault(uint64_t generation, const Error& error, bool definite) {
   const std::lock_guard lock(state_->mutex);
-  if (!state_->local_fault) state_->local_fault = error;
+  if (generation != state_->generation.number) return;
+  if (!state_->local_fault) {
+    state_->local_fault = error;
+    state_->local_fault_definite = definite;
+  }
   state_->abort_locked(error.what());
 }
 
