@@ -93,6 +93,10 @@ struct NodeConfig {
   std::string logits_folder;                   // ATB_LLM_LOGITS_SAVE_ENABLE/_FOLDER
   int threads_per_rank = 0;                    // PHALANX_THREADS; 0: cores / local ranks
   std::string cpus;                            // PHALANX_CPUS: "", auto, none or a list
+  bool recover = false;                        // --on-loss=wait
+  double recovery_seconds = 300;               // --recovery-seconds
+  double drain_seconds = 3;                    // --drain-seconds
+  double stuck_seconds = 2.5;                  // --stuck-seconds; 0: a frozen rank is waited for
   std::vector<std::string> ignored;            // keys and variables accepted without effect
   std::vector<std::string> warnings;           // one line each
   std::string digest;  // of the effective settings that all nodes must share

@@ -21,7 +21,9 @@ namespace {
 
 using nlohmann::json;
 
-constexpr double kDrainSeconds = 3;     // running requests may still finish
+constexpr double kWarmUpSeconds = 120;
+constexpr double kSuspendSeconds = 10;  // for the engine to let go of a lost generation
+constexpr int kMostFruitless = 10;      // generations in a row that gave no token
 constexpr double kLeaveSeconds = 1.5;   // for ranks and nodes to leave afterwards
 
 sigset_t stop_signals() {
@@ -74,16 +76,30 @@ struct Instance::State {
       : config(c),
         plan(p),
         node(config, plan,
-             {.serve = [this] { serve(); }, .fault = [this](const Error& e) { local_fault(e); }}) {}
+             {.serve = [this] { serve(); },
+              .fault =
+                  [this](uint64_t generation, const Error& e, bool definite) {
+                    local_fault(generation, e, definite);
+                  }}) {}
+
+  // What the engine computes through, in one generation.
+  struct Attachment {
+    explicit Attachment(std::shared_ptr<engine::StepChannelHead> c)
+        : channel(std::move(c)), executor(*channel) {}
+    std::shared_ptr<engine::StepChannelHead> channel;
+    engine::ChannelExecutor executor;
+  };
 
   const NodeConfig& config;
   const NodePlan& plan;
   Node node;
   std::unique_ptr<cluster::Coordinator> coordinator;  // master
   std::unique_ptr<cluster::Participant> participant;  // slave
-  std::unique_ptr<engine::ChannelExecutor> executor;  // master
+  std::unique_ptr<Attachment> attachment;             // master
+  std::unique_ptr<Attachment> former;                 // somebody may still be aborting it
   std::unique_ptr<engine::Engine> engine;             // master
   std::unique_ptr<Head> head;                         // master
+  bool opened = false;                                // the head; main thread
   std::string success_line;
 
   mutable std::mutex mutex;
@@ -92,6 +108,13 @@ struct Instance::State {
   bool stopping = false;
   std::string stop_reason;
   std::optional<Error> failure;
+  std::optional<Error> loss;           // of the present generation; it is recovered from
+  Clock::time_point lost_at;
+  uint64_t tokens_at_loss = 0;         // main thread
+  int fruitless_generations = 0;       // main thread
+  uint64_t recoveries = 0;
+  double last_recovery_seconds = 0;
+  std::string last_loss;
   std::vector<std::string> lost;
 
   [[nodiscard]] bool master() const { return config.own_server == config.table.master(); }
@@ -101,7 +124,7 @@ struct Instance::State {
 
   void start_engine() {
     const ScheduleConfig& s = config.schedule;
-    executor = std::make_unique<engine::ChannelExecutor>(node.channel());
+    attachment = std::make_unique<Attachment>(node.channel());
     engine = std::make_unique<engine::Engine>(
         engine::EngineOptions{.vocab_size = plan.info.vocab_size,
                               .block_size = s.cache_block_size,
@@ -123,17 +146,21 @@ struct Instance::State {
                               .draft_tokens = config.plugins.draft_tokens,
                               .draft_most = config.plugins.lookup_most,
                               .draft_least = config.plugins.lookup_least,
-                              .generation = node.generation()},
-        *executor);
+                              .generation = node.generation(),
+                              .recover = config.recover},
+        attachment->executor);
     engine->on_failure([this](const Error& error) {
-      // The supervisors know better who died; give their word a moment before taking this one.
-      std::unique_lock lock(mutex);
-      changed.wait_for(lock, std::chrono::milliseconds(300),
-                       [this] { return failure.has_value() || stopping; });
-      if (failure || stopping) return;
-      lock.unlock();
-      set_failure(own_address(), error, false);
+      // The supervisors know better who died; their word replaces this one if it comes soon.
+      const auto code = config.recover ? Code::kUnavailable : error.code();
+      local_fault(node.generation(), Error(code, error.what()), false);
     });
+  }
+
+  void resume_engine() {
+    engine->suspend(Deadline::in_seconds(kSuspendSeconds));
+    former = std::move(attachment);
+    attachment = std::make_unique<Attachment>(node.channel());
+    engine->resume(attachment->executor, node.generation(), node.kv_blocks());
   }
 
   // One token through the real path, so that the first client does not meet a cold start.
@@ -151,28 +178,49 @@ struct Instance::State {
       std::optional<engine::GenerateEvent> last;
     };
     auto waiter = std::make_shared<Waiter>();
-    engine::GenerateRequest request{.id = "warm-up", .prompt = {0}};
+    const std::string id = fmt::format("warm-up-{}", node.generation());
+    engine::GenerateRequest request{.id = id, .prompt = {0}};
     request.sampling.temperature = 0;
     request.sampling.max_tokens = 1;
     std::string detail;
     if (engine->submit(std::move(request), waiter, &detail) != engine::SubmitResult::kAccepted)
       throw Error(Code::kInternal, "the warm-up request was not accepted: " + detail);
+    const Deadline deadline = Deadline::in_seconds(kWarmUpSeconds);
     std::unique_lock lock(waiter->mutex);
-    if (!waiter->done.wait_for(lock, std::chrono::seconds(120),
-                               [&] { return waiter->last.has_value(); }))
-      throw Error(Code::kDeadlineExceeded, "the warm-up step did not end within 120 s");
+    while (!waiter->done.wait_for(lock, std::chrono::milliseconds(50),
+                                  [&] { return waiter->last.has_value(); })) {
+      if (!engine->suspended() && !deadline.passed()) continue;
+      lock.unlock();
+      engine->cancel(id);
+      throw Error(Code::kUnavailable,
+                  deadline.passed()
+                      ? fmt::format("the warm-up step did not end within {} s", kWarmUpSeconds)
+                      : "the generation was lost during the warm-up step");
+    }
     if (waiter->last->error) throw *waiter->last->error;
   }
 
   void serve() {
     if (master()) {
-      start_engine();
-      warm_up();
-      if (head) head->open(*engine);
+      if (engine) {
+        resume_engine();
+      } else {
+        start_engine();
+      }
+      if (!opened) {
+        warm_up();
+        if (head) head->open(*engine);
+        opened = true;
+      }
     }
+    bool again = false;
     {
       const std::lock_guard lock(mutex);
-      serving = true;
+      again = std::exchange(serving, true);
+    }
+    if (again) {
+      log_info("serving again in generation {}", node.generation());
+      return;
     }
     if (!success_line.empty()) {
       std::puts(success_line.c_str());
@@ -181,9 +229,84 @@ struct Instance::State {
     log_info("{}", success_line.empty() ? "the instance is ready" : success_line);
   }
 
-  void local_fault(const Error& error) {
-    if (coordinator) coordinator->report_local_fault(error);
-    if (participant) participant->report_local_fault(error);
+  void local_fault(uint64_t generation, const Error& error, bool definite) {
+    if (coordinator) coordinator->report_local_fault(generation, error, definite);
+    if (participant) participant->report_local_fault(generation, error, definite);
+  }
+
+  void set_loss(const std::string& address, const Error& error) {
+    const std::lock_guard lock(mutex);
+    if (failure) return;
+    const std::string name = fmt::format("node {}", address);
+    const std::string text = error.what();
+    loss = Error(error.code(), text.starts_with(name) ? text : name + ": " + text);
+    lost_at = Clock::now();
+    if (address != own_address()) lost.push_back(address);
+    log_error("generation {} is lost: {}", node.generation(), loss->what());
+    changed.notify_all();
+  }
+
+  // Whether the same work brings every generation down.
+  void check_progress() {
+    const engine::EngineStats stats = engine->stats();
+    const bool fruitless =
+        stats.running + stats.waiting > 0 && stats.output_tokens == tokens_at_loss;
+    tokens_at_loss = stats.output_tokens;
+    fruitless_generations = fruitless ? fruitless_generations + 1 : 0;
+    if (fruitless_generations < kMostFruitless) return;
+    throw Error(Code::kInternal,
+                fmt::format("the instance ended its {}th generation in a row without a token",
+                            fruitless_generations));
+  }
+
+  // Forms the next generation; requests go on where they were.
+  void recover() {
+    engine->suspend(Deadline::in_seconds(kSuspendSeconds));
+    check_progress();
+    coordinator->start();
+    const std::lock_guard lock(mutex);
+    ++recoveries;
+    last_recovery_seconds = std::chrono::duration<double>(Clock::now() - lost_at).count();
+    last_loss = loss->what();
+    log_info("recovered after {:.2f} s from: {}", last_recovery_seconds, last_loss);
+    loss.reset();
+    lost.clear();
+    changed.notify_all();
+  }
+
+  // Ends a recovery that has not succeeded by then, so that a stop does not wait for it.
+  void bound_recovery(Deadline deadline) {
+    {
+      std::unique_lock lock(mutex);
+      if (changed.wait_until(lock, deadline.when(), [this] { return !loss || failure; })) return;
+    }
+    coordinator->stop(stop_reason, Deadline::in_seconds(kLeaveSeconds));
+  }
+
+  // No new requests; running ones end, also through a loss. False when the time is over.
+  bool drain(Deadline deadline) {
+    constexpr double kSlice = 0.05;
+    while (!engine->drain(Deadline(std::min(deadline.when(), Deadline::in_seconds(kSlice).when())))) {
+      if (deadline.passed()) return false;
+      {
+        const std::lock_guard lock(mutex);
+        if (!loss) continue;
+      }
+      std::thread bound([&] { bound_recovery(deadline); });
+      bool recovered = true;
+      try {
+        recover();
+      } catch (const Error& error) {
+        log_warn("not recovered while stopping: {}", error.what());
+        recovered = false;
+        const std::lock_guard lock(mutex);
+        failure = error;
+        changed.notify_all();
+      }
+      bound.join();
+      if (!recovered) return false;
+    }
+    return true;
   }
 
   void set_failure(const std::string& address, const Error& error, bool node_lost) {
@@ -213,7 +336,12 @@ struct Instance::State {
     log_info("stopping: {}", reason);
     changed.notify_all();
     if (participant) participant->leave(reason);
-    if (coordinator && !is_serving()) coordinator->stop(reason, Deadline::in_seconds(kLeaveSeconds));
+    if (!coordinator) return;
+    if (is_serving()) {
+      bound_recovery(Deadline::in_seconds(config.drain_seconds));
+    } else {
+      coordinator->stop(reason, Deadline::in_seconds(kLeaveSeconds));
+    }
   }
 
   bool is_serving() const {
@@ -221,25 +349,55 @@ struct Instance::State {
     return serving;
   }
 
+  bool lost_now() const {
+    const std::lock_guard lock(mutex);
+    return loss.has_value();
+  }
+
   int run_master(const cluster::ControlOptions& options) {
     coordinator = std::make_unique<cluster::Coordinator>(options, node);
     coordinator->on_loss([this](const std::string& address, const Error& error) {
-      set_failure(address, error, address != own_address());
+      if (config.recover) set_loss(address, error);
+      else set_failure(address, error, address != own_address());
     });
     coordinator->start();
-    {
+    bool in_order = true;  // the ranks can be told to stop
+    for (;;) {
       std::unique_lock lock(mutex);
-      changed.wait(lock, [this] { return stopping || failure.has_value(); });
+      changed.wait(lock, [this] { return stopping || failure || loss; });
+      if (stopping || failure) {
+        in_order = !loss;
+        break;
+      }
+      lock.unlock();
+      try {
+        recover();
+      } catch (const Error& error) {
+        lock.lock();
+        if (stopping) {
+          in_order = false;
+          break;
+        }
+        const std::string text =
+            fmt::format("{}; the instance did not recover: {}", loss->what(), error.what());
+        lock.unlock();
+        set_failure(own_address(), Error(Code::kUnavailable, text), false);
+      }
     }
     if (failure) {
       close_head(Deadline::in_seconds(1));  // let the errors reach the clients
       coordinator->fail(*failure, Deadline::in_seconds(kLeaveSeconds));
       return 1;
     }
-    if (!engine->drain(Deadline::in_seconds(kDrainSeconds)))
+    if (!in_order || !drain(Deadline::in_seconds(config.drain_seconds)))
       engine->end_requests(Error(Code::kUnavailable, "the service is stopping: " + stop_reason));
+    in_order = in_order && !lost_now();
     close_head(Deadline::in_seconds(1));
     engine.reset();
+    if (!in_order) {
+      coordinator->stop(stop_reason, Deadline::in_seconds(kLeaveSeconds));
+      return 0;
+    }
     stop_ranks();
     coordinator->stop(stop_reason, Deadline::in_seconds(kLeaveSeconds));
     return node.wait_ranks_stopped(Deadline::in_seconds(kLeaveSeconds)) ? 0 : 1;
@@ -257,7 +415,7 @@ struct Instance::State {
     engine::StepPlanWriter writer;
     writer.begin(engine::StepKind::kStop, node.generation(), last_step() + 1);
     try {
-      node.channel().send(writer.finish());
+      node.channel()->send(writer.finish());
     } catch (const Error& e) {
       log_warn("the stop plan could not be sent: {}", e.what());
     }
@@ -312,7 +470,9 @@ int Instance::run() {
       .tls = state_->config.inter_node.material,
       .facts = join_facts(state_->config, state_->plan),
       .offer = state_->node.offer(),
-      .join_seconds = state_->config.connect_timeout_s};
+      .join_seconds = state_->config.connect_timeout_s,
+      .recover = state_->config.recover,
+      .recovery_seconds = state_->config.recovery_seconds};
   try {
     return is_master() ? state_->run_master(options) : state_->run_slave(options);
   } catch (const Error& e) {
@@ -332,6 +492,7 @@ InstanceView Instance::view() const {
     view.serving = state_->serving;
     view.draining = state_->stopping;
     view.failure = state_->failure;
+    view.recovering = state_->loss;
     view.lost = state_->lost;
   }
   if (state_->coordinator) view.nodes = state_->coordinator->nodes();
@@ -345,6 +506,8 @@ std::string Instance::status_json() const {
   for (const cluster::NodeView& node : view().nodes) {
     nodes.push_back({{"address", node.address},
                      {"state", std::string(cluster::node_state_name(node.state))},
+                     {"verdict", node.verdict},
+                     {"reason", node.last_reason},
                      {"last_contact_seconds", node.last_contact_seconds},
                      {"cores", node.offer.cores},
                      {"memory_bytes", node.offer.memory_bytes}});
@@ -387,7 +550,23 @@ std::string Instance::status_json() const {
   }
   json failure = nullptr;
   if (const auto found = view().failure) failure = found->what();
+  json recovery;
+  std::string state;
+  {
+    const std::lock_guard lock(s.mutex);
+    state = s.failure    ? "failed"
+            : s.stopping ? "draining"
+            : s.loss     ? "recovering"
+            : s.serving  ? "serving"
+                         : "starting";
+    recovery = {{"count", s.recoveries},
+                {"last_seconds", s.last_recovery_seconds},
+                {"last_loss", s.last_loss},
+                {"loss", s.loss ? s.loss->what() : ""}};
+  }
   return json{{"generation", s.node.generation()},
+              {"state", state},
+              {"recovery", recovery},
               {"world_size", s.config.table.world_size},
               {"nodes", nodes},
               {"ranks", ranks},

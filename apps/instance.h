@@ -29,6 +29,7 @@ struct InstanceView {
   bool serving = false;
   bool draining = false;
   std::optional<Error> failure;
+  std::optional<Error> recovering;    // from this; requests wait
   std::vector<std::string> lost;      // addresses of lost nodes
   std::vector<cluster::NodeView> nodes;
 };
@@ -45,8 +46,10 @@ class Instance {
   // Printed on stdout by every node when the whole instance serves; empty: nothing.
   void set_success_line(std::string line);
 
-  // Waits for all nodes, loads, serves, until stop() or a fault. Returns the exit status: 0 after
-  // an orderly stop, 1 after a fault (already logged).
+  // Waits for all nodes, loads, serves, until stop() or a fault. With config.recover a lost rank or
+  // node is waited for, a new generation formed and what runs is computed again, so that a fault
+  // ends it only when that did not succeed. Returns the exit status: 0 after an orderly stop, 1
+  // after a fault (already logged).
   int run();
   // From any thread.
   void stop(const std::string& reason);

@@ -20,6 +20,7 @@
 #include "apps/one_prompt.h"
 #include "apps/quantize.h"
 #include "apps/serve.h"
+#include "apps/status.h"
 #include "phalanx/net/secret.h"
 
 namespace phalanx::apps {
@@ -36,6 +37,7 @@ int run_rank(int, char**) { return rank_main(); }
 constexpr Command kCommands[] = {
     {"serve", serve_main, "start a node (config.json and rank table, or --model DIR)"},
     {"run", run_main, "offline inference with the options of run_pa"},
+    {"status", status_main, "nodes, ranks, states and load of a running instance"},
     {"ranktable", ranktable_main, "make, check or show a rank table"},
     {"check", check_main, "everything a start needs, without loading; exit status 0 or 1"},
     {"doctor", doctor_main, "every pair of nodes measured before a start, and a predicted speed"},

@@ -14,6 +14,7 @@
 #include "phalanx/base/progress.h"
 #include "phalanx/net/address.h"
 #include "phalanx/ops/isa.h"
+#include "phalanx/weights/arena.h"
 
 namespace phalanx::apps {
 namespace {
@@ -142,15 +143,17 @@ std::string layout_table(const NodeConfig& config, const NodePlan& plan) {
 
 cluster::JoinFacts join_facts(const NodeConfig& config, const NodePlan& plan) {
   const std::string& dir = config.model.weight_path;
-  return {{"numerics version", std::to_string(ops::kNumericsVersion)},
-          {"wire version", std::to_string(engine::kStepPlanVersion)},
-          {"rank table", config.table.digest()},
-          {"configuration", config.digest},
-          {"model type", plan.info.model_type},
-          {"model config.json", file_digest(dir + "/config.json")},
-          {"generation_config.json", file_digest(dir + "/generation_config.json")},
-          {"tokenizer.json", file_digest(dir + "/tokenizer.json")},
-          {"weights", weights_digest(dir)}};
+  cluster::JoinFacts facts{{"numerics version", std::to_string(ops::kNumericsVersion)},
+                           {"wire version", std::to_string(engine::kStepPlanVersion)},
+                           {"rank table", config.table.digest()}};
+  for (const auto& [name, value] : shared_settings(config)) facts.emplace_back(name, value);
+  facts.insert(facts.end(),
+               {{"model type", plan.info.model_type},
+                {"model config.json", file_digest(dir + "/config.json")},
+                {"generation_config.json", file_digest(dir + "/generation_config.json")},
+                {"tokenizer.json", file_digest(dir + "/tokenizer.json")},
+                {"weights", weights_digest(dir)}});
+  return facts;
 }
 
 Node::Node(const NodeConfig& config, const NodePlan& plan, Hooks hooks)
@@ -190,8 +193,29 @@ UniqueFd Node::open_listener(const cluster::Device& device, cluster::RankEndpoin
   return fd;
 }
 
+int Node::arena_for(int rank, ops::Isa isa) {
+  Arena& arena = arenas_[rank];
+  if (!arena.memory.valid() || arena.isa != isa || !weights::arena_is_sealed(arena.memory.get())) {
+    arena.memory = weights::create_arena_memory();
+    arena.isa = isa;
+  }
+  return arena.memory.get();
+}
+
 std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& generation) {
+  // What is left of the generation before ends here: its ranks, its links, its shared memory.
+  std::shared_ptr<RankSupervisor> old;
+  {
+    const std::lock_guard lock(mutex_);
+    old.swap(ranks_);
+    channel_.reset();
+  }
+  if (old) old->end();
+  listeners_.clear();
+  node_memory_.reset();
+  step_channel_.reset();
   generation_ = generation;
+  number_ = generation.number;
   ops::Isa isa = ops::choose_isa();
   if (ops::numeric_class_name(ops::numeric_class_of(isa)) != generation.numeric_class) {
     for (const ops::NumericClass c :
@@ -235,10 +259,15 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
       start.listener = listeners_.back().get();
     }
     start.node_memory = node_memory_.get();
+    start.arena = arena_for(rank, isa);
     endpoints.push_back(endpoint);
     starts.push_back(std::move(start));
   }
-  auto ranks = std::make_shared<RankSupervisor>("node " + own.address(), hooks_.fault);
+  auto ranks = std::make_shared<RankSupervisor>(
+      "node " + own.address(), config_.stuck_seconds,
+      [this, number = generation.number](const Error& error, bool definite) {
+        hooks_.fault(number, error, definite);
+      });
   {
     const std::lock_guard lock(mutex_);
     ranks_ = ranks;
@@ -306,8 +335,11 @@ void Node::allocate(int64_t kv_blocks) {
   kv_blocks_ = kv_blocks;
   log_info("KV cache: {} blocks of {} tokens on every rank", kv_blocks,
            config_.schedule.cache_block_size);
-  if (step_channel_.valid())
-    channel_ = std::make_unique<engine::StepChannelHead>(step_channel_.get(), channel_limits_);
+  if (step_channel_.valid()) {
+    auto channel = std::make_shared<engine::StepChannelHead>(step_channel_.get(), channel_limits_);
+    const std::lock_guard lock(mutex_);
+    channel_ = std::move(channel);
+  }
   (void)ranks_->call({{"op", "allocate"}, {"blocks", kv_blocks}}, "allocated",
                      Deadline::in_seconds(kRankAnswerSeconds));
 }
@@ -348,17 +380,20 @@ std::vector<cluster::RankReport> Node::reports() {
 
 void Node::abort(const std::string& reason) noexcept {
   std::shared_ptr<RankSupervisor> ranks;
+  std::shared_ptr<engine::StepChannelHead> channel;
   {
     const std::lock_guard lock(mutex_);
     ranks = ranks_;
+    channel = channel_;
   }
-  if (channel_) channel_->abort(reason);
+  if (channel) channel->abort(reason);
   if (ranks) ranks->abort(reason);
 }
 
-engine::StepChannelHead& Node::channel() {
+std::shared_ptr<engine::StepChannelHead> Node::channel() const {
+  const std::lock_guard lock(mutex_);
   PHALANX_CHECK(channel_ != nullptr);
-  return *channel_;
+  return channel_;
 }
 
 bool Node::wait_ranks_stopped(Deadline deadline) {

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -39,14 +40,17 @@ struct NodePlan {
 // A table for people: which rank has which heads, rows and vocabulary.
 [[nodiscard]] std::string layout_table(const NodeConfig& config, const NodePlan& plan);
 
-// This node's part of an instance: its rank processes, as the control plane drives them.
+// This node's part of an instance: its rank processes, as the control plane drives them. Each
+// generation has new ones. The packed weights of every rank stay here: a rank's successor maps them
+// and reads nothing.
 class Node final : public cluster::NodeActions {
  public:
   struct Hooks {
     // The whole instance is ready. On the master `blocks` are the agreed KV blocks.
     std::function<void()> serve;
-    // A local rank died or failed while the instance ran.
-    std::function<void(const Error&)> fault;
+    // A local rank of this generation died or failed while the instance ran. definite: its process
+    // died, so that this is no echo of another's fault.
+    std::function<void(uint64_t generation, const Error&, bool definite)> fault;
   };
   Node(const NodeConfig& config, const NodePlan& plan, Hooks hooks);
   ~Node() override;
@@ -59,10 +63,10 @@ class Node final : public cluster::NodeActions {
   [[nodiscard]] std::vector<cluster::RankReport> reports() override;
   void abort(const std::string& reason) noexcept override;
 
-  // Master only, after allocate().
-  [[nodiscard]] engine::StepChannelHead& channel();
+  // Master only, after allocate(): of this generation.
+  [[nodiscard]] std::shared_ptr<engine::StepChannelHead> channel() const;
   [[nodiscard]] int64_t kv_blocks() const { return kv_blocks_; }
-  [[nodiscard]] uint64_t generation() const { return generation_.number; }
+  [[nodiscard]] uint64_t generation() const { return number_; }
   // Waits for the local ranks to leave their loops (after a stop plan), then kills.
   bool wait_ranks_stopped(Deadline deadline);
   [[nodiscard]] cluster::NodeOffer offer() const;
@@ -70,17 +74,26 @@ class Node final : public cluster::NodeActions {
  private:
   [[nodiscard]] UniqueFd open_listener(const cluster::Device& device, cluster::RankEndpoint& endpoint);
   void show_progress(const std::atomic<bool>& done) const;
+  // Memory for a rank's weights: what its predecessor left, if that is whole and of the same cut.
+  [[nodiscard]] int arena_for(int rank, ops::Isa isa);
+
+  struct Arena {
+    UniqueFd memory;
+    ops::Isa isa = ops::Isa::kRef;
+  };
 
   const NodeConfig& config_;
   const NodePlan& plan_;
   Hooks hooks_;
   cluster::Generation generation_;
+  std::atomic<uint64_t> number_{0};  // of generation_, for other threads
+  std::map<int, Arena> arenas_;      // by rank
   engine::StepLimits channel_limits_;
   UniqueFd node_memory_;
   UniqueFd step_channel_;
   std::vector<UniqueFd> listeners_;
-  std::unique_ptr<engine::StepChannelHead> channel_;
-  mutable std::mutex mutex_;  // guards the pointer below against reports() and abort()
+  mutable std::mutex mutex_;  // guards the pointers below against reports() and abort()
+  std::shared_ptr<engine::StepChannelHead> channel_;
   std::shared_ptr<RankSupervisor> ranks_;
   int64_t kv_blocks_ = 0;
 };

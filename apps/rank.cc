@@ -141,7 +141,8 @@ std::unique_ptr<comm::Group> connect(const json& order, const RankSpec& spec) {
 void follow(MessageSocket& socket) {
   Orders orders(socket);
   engine::RankPage* page = engine::map_rank_page(kPageFd);
-  const RankSpec spec = rank_spec_from_json(orders.next().at("spec"));
+  RankSpec spec = rank_spec_from_json(orders.next().at("spec"));
+  if (is_open(kArenaFd)) spec.model.weight_memory = kArenaFd;
   const int rank = spec.model.rank;
   set_up_log({.level = static_cast<LogLevel>(spec.log_level), .tag = fmt::format("rank {}", rank)});
   page->generation.store(spec.generation, std::memory_order_relaxed);

@@ -43,6 +43,7 @@ inline constexpr int kPageFd = 4;
 inline constexpr int kListenerFd = 5;     // ranks of several nodes
 inline constexpr int kNodeMemoryFd = 6;   // several ranks on the node
 inline constexpr int kStepChannelFd = 7;  // rank 0
-inline constexpr int kLastRankFd = 7;
+inline constexpr int kArenaFd = 8;        // memory for the packed weights, kept by the node process
+inline constexpr int kLastRankFd = 8;
 
 }  // namespace phalanx::apps

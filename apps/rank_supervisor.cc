@@ -12,7 +12,9 @@
 
 #include <condition_variable>
 #include <cstring>
+#include <ctime>
 #include <deque>
+#include <fstream>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -21,6 +23,7 @@
 #include "apps/message_socket.h"
 #include "phalanx/base/error.h"
 #include "phalanx/base/log.h"
+#include "phalanx/base/sealed_memory.h"
 
 extern char** environ;
 
@@ -29,20 +32,44 @@ namespace {
 
 using nlohmann::json;
 
+constexpr auto kLookEvery = std::chrono::milliseconds(250);
+// A process that waits for its disk uses no CPU time either: loading from slow storage is no fault.
+constexpr double kDiskFactor = 20;
+
 struct RankProcess {
   int rank = 0;
   pid_t pid = -1;
   UniqueFd pidfd;
   std::unique_ptr<MessageSocket> socket;
   UniqueFd page_fd;
+  SealedMapping page_mapping;
   engine::RankPage* page = nullptr;
   std::string state = "starting";
   std::deque<json> answers;
   std::optional<Error> error;  // as the rank reported it
   bool ended = false;
   int status = 0;
+  int64_t cpu_ns = -1;  // of all its threads, when it last changed
+  Clock::time_point cpu_changed;
   std::mutex send_mutex;
 };
+
+// CPU time of all threads of a process; -1 when it cannot be read.
+int64_t cpu_time_ns(pid_t pid) {
+  clockid_t clock{};
+  timespec time{};
+  if (::clock_getcpuclockid(pid, &clock) != 0 || ::clock_gettime(clock, &time) != 0) return -1;
+  return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+}
+
+// As in /proc/PID/stat: R, S, D, T (stopped), t (by a debugger), Z; '?' when it cannot be read.
+char process_state(pid_t pid) {
+  std::ifstream file(fmt::format("/proc/{}/stat", pid));
+  std::string text;
+  std::getline(file, text);
+  const size_t name_end = text.rfind(')');
+  return name_end != std::string::npos && name_end + 2 < text.size() ? text[name_end + 2] : '?';
+}
 
 std::string how_it_ended(int status) {
   if (WIFSIGNALED(status)) {
@@ -91,11 +118,13 @@ pid_t spawn_rank(const std::vector<std::pair<int, int>>& source_to_target, int r
 }  // namespace
 
 struct RankSupervisor::State {
-  State(std::string n, std::function<void(const Error&)> fault)
-      : node(std::move(n)), on_fault(std::move(fault)) {}
+  State(std::string n, double stuck, OnFault fault)
+      : node(std::move(n)), stuck_seconds(stuck), on_fault(std::move(fault)) {}
 
   std::string node;
-  std::function<void(const Error&)> on_fault;
+  double stuck_seconds;
+  OnFault on_fault;
+  Clock::time_point looked = Clock::now();
   UniqueFd wake{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   mutable std::mutex mutex;
   std::condition_variable changed;
@@ -137,13 +166,14 @@ struct RankSupervisor::State {
         auto process = std::make_unique<RankProcess>();
         process->rank = start.spec.model.rank;
         process->page_fd = engine::create_rank_page();
-        process->page = engine::map_rank_page(process->page_fd.get());
+        process->page = engine::map_rank_page(process->page_fd.get(), process->page_mapping);
         auto [mine, theirs] = MessageSocket::make_pair();
         std::vector<std::pair<int, int>> fds = {{theirs.get(), kControlFd},
                                                 {process->page_fd.get(), kPageFd}};
         if (start.listener >= 0) fds.emplace_back(start.listener, kListenerFd);
         if (start.node_memory >= 0) fds.emplace_back(start.node_memory, kNodeMemoryFd);
         if (start.step_channel >= 0) fds.emplace_back(start.step_channel, kStepChannelFd);
+        if (start.arena >= 0) fds.emplace_back(start.arena, kArenaFd);
         process->pid = spawn_rank(fds, process->rank);
         process->pidfd.reset(static_cast<int>(::syscall(SYS_pidfd_open, process->pid, 0)));
         process->socket = std::make_unique<MessageSocket>(std::move(mine));
@@ -203,11 +233,11 @@ struct RankSupervisor::State {
   }
 
   // The most telling error: a rank that was killed says more than those it took along.
+  static bool killed(const RankProcess& r) { return r.ended && WIFSIGNALED(r.status); }
   std::optional<Error> first_error() const {
-    const auto killed = [](const RankProcess& r) { return r.ended && WIFSIGNALED(r.status); };
     const auto own = [](const RankProcess& r) { return r.error->code() != Code::kAborted; };
     for (const auto& rank : ranks)
-      if (rank->error && killed(*rank)) return place(*rank);
+      if (rank->error && (killed(*rank) || rank->state == "stuck")) return place(*rank);
     for (const auto& rank : ranks)
       if (rank->error && own(*rank)) return place(*rank);
     for (const auto& rank : ranks)
@@ -223,17 +253,56 @@ struct RankSupervisor::State {
                                    : fmt::format("{}: {}: {}", node, name, text)};
   }
 
+  // A healthy rank wakes several times a second, whatever it waits for. One that had no CPU time for
+  // stuck_seconds is frozen, unless this process was held up itself.
+  void look_for_stuck() {
+    const auto now = Clock::now();
+    if (stuck_seconds <= 0 || now - looked < kLookEvery) return;
+    const bool held_up = now - looked > 4 * kLookEvery;
+    looked = now;
+    for (const auto& rank : ranks) {
+      if (rank->ended || rank->error) continue;
+      const int64_t cpu_ns = cpu_time_ns(rank->pid);
+      if (cpu_ns != rank->cpu_ns || held_up) {
+        rank->cpu_ns = cpu_ns;
+        rank->cpu_changed = now;
+        continue;
+      }
+      const double still = std::chrono::duration<double>(now - rank->cpu_changed).count();
+      if (still < stuck_seconds) continue;
+      const char state = process_state(rank->pid);
+      // Runnable but never run is a busy machine, not a fault of the rank.
+      if (state == 'R' || (state == 'D' && still < kDiskFactor * stuck_seconds)) continue;
+      const char* why = state == 'T'   ? ", stopped by a signal"
+                        : state == 't' ? ", stopped by a debugger"
+                        : state == 'D' ? ", waiting for a device"
+                                       : "";
+      const std::lock_guard lock(mutex);
+      rank->error = Error(
+          Code::kUnavailable,
+          fmt::format("rank {} (pid {}) is stuck: no CPU time and no progress for {:.1f} s at step "
+                      "{}{}",
+                      rank->rank, rank->pid, still,
+                      rank->page->step.load(std::memory_order_relaxed), why));
+      rank->state = "stuck";
+      changed.notify_all();
+    }
+  }
+
   void look_for_fault() {
     std::optional<Error> error;
+    bool definite = false;
     {
       const std::lock_guard lock(mutex);
       if (fault_told || calling || stopping || quit) return;
       error = first_error();
       if (!error) return;
       fault_told = true;
+      for (const auto& rank : ranks)
+        definite = definite || killed(*rank) || rank->state == "stuck";
     }
     send_abort(error->what());
-    if (on_fault) on_fault(*error);
+    if (on_fault) on_fault(*error, definite);
   }
 
   void run() {
@@ -254,34 +323,43 @@ struct RankSupervisor::State {
         spawn_all();
         continue;
       }
-      ::poll(fds.data(), fds.size(), 1000);
+      ::poll(fds.data(), fds.size(), static_cast<int>(kLookEvery.count()));
       uint64_t count = 0;
       [[maybe_unused]] const ssize_t n = ::read(wake.get(), &count, sizeof count);
       for (size_t i = 0; i < live.size(); ++i) {
         if (fds[2 + 2 * i].revents & POLLIN) read_messages(*live[i]);
         if (fds[1 + 2 * i].revents != 0) reap(*live[i]);
       }
+      look_for_stuck();
       look_for_fault();
     }
   }
 };
 
-RankSupervisor::RankSupervisor(std::string node, std::function<void(const Error&)> on_fault)
-    : state_(std::make_unique<State>(std::move(node), std::move(on_fault))) {
+RankSupervisor::RankSupervisor(std::string node, double stuck_seconds, OnFault on_fault)
+    : state_(std::make_unique<State>(std::move(node), stuck_seconds, std::move(on_fault))) {
   state_->thread = std::thread([s = state_.get()] { s->run(); });
 }
 
-RankSupervisor::~RankSupervisor() {
+RankSupervisor::~RankSupervisor() { end(); }
+
+void RankSupervisor::end() {
   {
     const std::lock_guard lock(state_->mutex);
+    if (state_->quit) return;
     state_->quit = true;
   }
   state_->nudge();
   state_->thread.join();
+  // All first, so that they end at the same time.
+  for (const auto& rank : state_->ranks)
+    if (!rank->ended) ::kill(rank->pid, SIGKILL);
   for (const auto& rank : state_->ranks) {
     if (rank->ended) continue;
-    ::kill(rank->pid, SIGKILL);
     ::waitpid(rank->pid, nullptr, 0);
+    const std::lock_guard lock(state_->mutex);
+    rank->ended = true;
+    rank->state = "ended";
   }
 }
 

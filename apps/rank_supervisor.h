@@ -21,6 +21,7 @@ struct RankStart {
   int listener = -1;
   int node_memory = -1;
   int step_channel = -1;
+  int arena = -1;
 };
 
 // The rank processes of one node: starts them by exec, speaks with them, notices the end of any by
@@ -29,8 +30,14 @@ class RankSupervisor {
  public:
   // on_fault: once, from the supervisor's thread, when a rank ends or reports an error outside a
   // call(). The other local ranks have been told to abort by then. `node` begins every error.
-  RankSupervisor(std::string node, std::function<void(const Error&)> on_fault);
-  ~RankSupervisor();  // kills what still runs, reaps everything
+  // definite: the process was killed, so that this is no echo of another rank's fault.
+  using OnFault = std::function<void(const Error&, bool definite)>;
+  // stuck_seconds: a rank without CPU time for so long is at fault; 0: never.
+  RankSupervisor(std::string node, double stuck_seconds, OnFault on_fault);
+  ~RankSupervisor();  // end()
+  // Kills what still runs and reaps everything; on_fault does not run or come after it. Not from
+  // on_fault. Once; then only views() may be called.
+  void end();
 
   // Starts all ranks and waits until each has answered. Throws Error naming the rank.
   void start(const std::vector<RankStart>& ranks, Deadline deadline);

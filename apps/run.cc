@@ -242,6 +242,11 @@ NodeConfig make_config(const RunArguments& a, const Environment& environment) {
     config.connect_timeout_s = *seconds;
   else
     config.connect_timeout_s = 120;
+  if (const std::string on_loss = get(environment, "PHALANX_ON_LOSS"); on_loss == "wait")
+    config.recover = true;
+  else if (!on_loss.empty() && on_loss != "fail")
+    problems.add({.what = "not usable", .where = "PHALANX_ON_LOSS", .found = "'" + on_loss + "'",
+                  .expected = "wait or fail", .fix = "unset it"});
   if (const std::string save = get(environment, "ATB_LLM_LOGITS_SAVE_ENABLE"); !save.empty() && save != "0")
     config.logits_folder = get(environment, "ATB_LLM_LOGITS_SAVE_FOLDER");
   if (a.is_embedding_model)

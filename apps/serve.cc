@@ -174,6 +174,7 @@ class HttpHead final : public Head {
     } else {
       // Routes exist only from open() on, when every rank has confirmed.
       health.state = api::InstanceState::kServing;
+      if (view.recovering) health.reason = view.recovering->what();
     }
     return health;
   }
@@ -271,8 +272,17 @@ int serve_main(int argc, char** argv) {
   add_serve_options(app, arguments);
   app.add_option("--expert-parallel", expert_parallel, "accepted, without effect");
   std::string on_loss = "fail";
-  app.add_option("--on-loss", on_loss, "when a rank is lost: fail (running requests get an error that names it, the nodes exit)")
-      ->check(CLI::IsMember({"fail"}));
+  double recovery_seconds = 300;
+  double drain_seconds = 3;
+  app.add_option("--on-loss", on_loss, "when a rank or node is lost: wait (for its return; running requests pause and go on), or fail (they get an error that names it, the nodes exit). The master's counts")
+      ->check(CLI::IsMember({"wait", "fail"}))->envname("PHALANX_ON_LOSS");
+  app.add_option("--recovery-seconds", recovery_seconds, "with --on-loss=wait: longest time without a lost node, or of a slave without its master, before all exit (300)")
+      ->check(CLI::Range(1.0, 1e6))->envname("PHALANX_RECOVERY_SECONDS");
+  app.add_option("--drain-seconds", drain_seconds, "time that running requests have to finish after SIGTERM (3)")
+      ->check(CLI::Range(0.0, 1e6))->envname("PHALANX_DRAIN_SECONDS");
+  double stuck_seconds = 2.5;
+  app.add_option("--stuck-seconds", stuck_seconds, "a rank process without CPU time for so long is named stuck and replaced; 0: never, for work with a debugger (2.5)")
+      ->check(CLI::Range(0.0, 1e6))->envname("PHALANX_STUCK_SECONDS");
   CLI11_PARSE(app, argc, argv);
   hide_secrets(arguments, argc, argv);
   raise_file_limit();
@@ -289,6 +299,10 @@ int serve_main(int argc, char** argv) {
   config.warnings.clear();
   for (const Problem& warning : report.warnings.list())
     config.warnings.push_back(to_string(warning));
+  config.recover = on_loss == "wait";
+  config.recovery_seconds = recovery_seconds;
+  config.drain_seconds = drain_seconds;
+  config.stuck_seconds = stuck_seconds;
   const cluster::Server& own = config.table.servers[static_cast<size_t>(config.own_server)];
   LogOptions log = node_log_options(environment, config.warnings);
   log.tag = fmt::format("node {}", own.address());

@@ -79,7 +79,7 @@ def test_stop_while_waiting_for_a_node(tmp_path, model):
 
 @pytest.mark.parametrize("victim", ["slave node", "rank of the slave", "rank of the master"])
 def test_sigkill_gives_running_requests_an_error_that_names_the_node(victim, tmp_path, model):
-    with Instance(tmp_path, model, [2, 1]) as instance:
+    with Instance(tmp_path, model, [2, 1], arguments=["--on-loss=fail"]) as instance:
         instance.start()
         pids = instance.rank_pids()
         expected = "127.0.0.1" if victim == "rank of the master" else "127.0.0.2"
@@ -112,7 +112,7 @@ def test_sigkill_gives_running_requests_an_error_that_names_the_node(victim, tmp
 
 
 def test_sigkill_of_the_master_ends_the_slave_and_every_rank(tmp_path, model):
-    with Instance(tmp_path, model, [1, 1]) as instance:
+    with Instance(tmp_path, model, [1, 1], arguments=["--on-loss=fail"]) as instance:
         instance.start()
         pids = instance.rank_pids()
         os.kill(instance.nodes[0].pid, signal.SIGKILL)

@@ -56,7 +56,7 @@ void Core::require_serving() const {
       throw Refused(unavailable("The service is starting", 1));
     case InstanceState::kDraining:
     case InstanceState::kStopped:
-      throw Refused(unavailable("The service has been stopped"));
+      throw Refused(unavailable("The service has been stopped", 5));
     case InstanceState::kFailed:
       throw Refused(unavailable("The service is not healthy. " + now.reason));
   }

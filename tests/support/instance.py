@@ -132,7 +132,8 @@ class Instance:
     generators. A context manager: leaving it kills whatever is still there."""
 
     def __init__(self, folder, model, devices, settings=(), name="demo", addresses=None,
-                 ports=None, weights=None):
+                 ports=None, weights=None, arguments=()):
+        self.arguments = list(arguments)   # of every `phalanx serve`
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = model
@@ -168,7 +169,7 @@ class Instance:
         return clean_environment(**{**own, **extra})
 
     def start_node(self, index, **extra):
-        node = Process(f"node {self.addresses[index]}", [program(), "serve"],
+        node = Process(f"node {self.addresses[index]}", [program(), "serve", *self.arguments],
                        self.environment(index, **extra))
         self.nodes[index] = node
         return node
