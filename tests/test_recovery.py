@@ -1,0 +1,82 @@
+"""A rank or node that dies under load: no accepted request is lost, no token differs."""
+import concurrent.futures
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from support.instance import Instance
+from support.prompts import PROMPTS
+from test_faults import wait_running
+
+OUTPUT = 160
+
+
+def completion(instance, prompt):
+    choice = instance.complete(prompt, max_tokens=OUTPUT, extra_body={"ignore_eos": True})
+    assert choice.finish_reason == "length"
+    return choice.text
+
+
+def stream(instance, prompt):
+    """Text of a streamed completion: the client sees a pause, never an error or a token twice."""
+    pieces = [chunk.choices[0].text for chunk in instance.client().completions.create(
+        model=instance.name, prompt=prompt, max_tokens=OUTPUT, temperature=0, stream=True,
+        extra_body={"ignore_eos": True}) if chunk.choices]
+    return "".join(pieces)
+
+
+def under_load(instance, prompts, disturb):
+    """Texts of all prompts, run at once as streams and whole answers, while disturb() runs."""
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        running = [pool.submit(stream if i % 2 else completion, instance, prompt)
+                   for i, prompt in enumerate(prompts)]
+        wait_running(instance, len(prompts))
+        disturb()
+        return [future.result(120) for future in running]
+
+
+def status(instance):
+    return json.loads(instance.get("/v1/status")[1])["phalanx"]
+
+
+def wait_generation(instance, number, seconds=20):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = status(instance)
+        if now["generation"] >= number and now["state"] == "serving":
+            return now
+        time.sleep(0.02)
+    raise AssertionError(f"no generation {number} within {seconds} s: {now}")
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory, model):
+    with Instance(tmp_path_factory.mktemp("recovery"), model, [2, 1]) as instance:
+        instance.start()
+        yield instance
+        instance.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(instance):
+    prompts = PROMPTS[:8]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return prompts, list(pool.map(lambda p: completion(instance, p), prompts))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_killed_rank_under_load_loses_nothing(instance, expected, rank):
+    prompts, texts = expected
+    before = status(instance)
+    pid = next(r["pid"] for r in before["ranks"] if r["rank"] == rank)
+
+    def kill():
+        os.kill(pid, signal.SIGKILL)
+        after = wait_generation(instance, before["generation"] + 1)
+        assert all(r["bytes_read"] == 0 for r in after["ranks"]), "weights were read again"
+    assert under_load(instance, prompts, kill) == texts
+    log = instance.nodes[0].text("err")
+    assert f"rank {rank} (pid {pid}) was killed by signal 9" in log
