@@ -8,6 +8,7 @@
 
 #include "phalanx/base/check.h"
 #include "phalanx/base/clock.h"
+#include "phalanx/comm/tcp/silence.h"
 
 namespace phalanx::comm {
 
@@ -15,6 +16,7 @@ namespace {
 constexpr int kMaxRuns = 512;      // runs of a strided message handed to one system call
 constexpr int kSliceMs = 50;       // longest sleep without looking around
 constexpr int kEvidenceMs = 30;    // for the reason of a loss to arrive
+constexpr int64_t kListenEveryNs = 250'000'000;  // for peers that a cut network hides
 }  // namespace
 
 Exchange::Exchange(std::vector<std::unique_ptr<Link>> links, std::vector<std::string> names,
@@ -213,7 +215,10 @@ void Exchange::sleep() {
     polled_.push_back({links_[peer]->fd(), links_[peer]->events(receiving, sending), 0});
     polled_ranks_.push_back(static_cast<int>(peer));
   }
-  if (::poll(polled_.data(), polled_.size(), kSliceMs) <= 0) return;
+  if (::poll(polled_.data(), polled_.size(), kSliceMs) <= 0) {
+    look_for_silence();
+    return;
+  }
   for (size_t i = 0; i < polled_ranks_.size(); ++i) {
     const int peer = polled_ranks_[i];
     if ((polled_[i].revents & (POLLRDHUP | POLLHUP | POLLERR)) == 0) continue;
@@ -232,7 +237,19 @@ void Exchange::sleep() {
   }
 }
 
+void Exchange::look_for_silence() {
+  const int64_t now = now_ns();
+  if (now - listened_ns_ < kListenEveryNs) return;
+  listened_ns_ = now;
+  for (size_t peer = 0; peer < links_.size(); ++peer) {
+    if (links_[peer] == nullptr || ignored_[peer]) continue;
+    const std::string silence = silence_of(links_[peer]->fd());
+    if (!silence.empty()) lost_after(static_cast<int>(peer), Farewell{}, silence);
+  }
+}
+
 void Exchange::look_at_peers() {
+  look_for_silence();
   for (size_t peer = 0; peer < links_.size(); ++peer) {
     if (links_[peer] == nullptr || ignored_[peer]) continue;
     Farewell farewell;

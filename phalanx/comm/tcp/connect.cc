@@ -27,6 +27,8 @@ namespace {
 constexpr int kSliceMs = 50;
 constexpr size_t kMaxHandshakes = 64;  // connections that have not proved themselves yet
 constexpr std::chrono::seconds kHandshake{2};
+// The kernel asks again ever more rarely: a network that is back would be noticed late.
+constexpr std::chrono::seconds kUnanswered{1};
 constexpr std::chrono::milliseconds kFirstRetry{10};
 constexpr std::chrono::milliseconds kLastRetry{500};
 constexpr std::chrono::seconds kReportEvery{5};
@@ -85,6 +87,7 @@ struct Outgoing {
   Stage stage = Stage::kWaiting;
   Pipe pipe;
   Clock::time_point next_try{};
+  Clock::time_point unanswered{};  // while connecting: then it is tried anew
   std::chrono::milliseconds retry = kFirstRetry;
   std::string problem = "not tried yet";
   HelloReply reply;
@@ -191,6 +194,8 @@ class Mesh {
     const auto now = Clock::now();
     auto wake = std::min(deadline_.when(), now + std::chrono::milliseconds(kSliceMs));
     for (Outgoing& out : outgoing_) {
+      if (out.stage == Outgoing::Stage::kConnecting && now >= out.unanswered)
+        retry_later(out, "no answer to the connection");
       if (out.stage == Outgoing::Stage::kWaiting && now >= out.next_try) connect(out);
       if (out.stage == Outgoing::Stage::kWaiting) wake = std::min(wake, out.next_try);
     }
@@ -252,6 +257,7 @@ class Mesh {
     if (::connect(fd.get(), target.get(), target.size) != 0 && errno != EINPROGRESS)
       return retry_later(out, errno_text(errno));
     out.stage = Outgoing::Stage::kConnecting;
+    out.unanswered = Clock::now() + kUnanswered;
     out.problem = "no answer to the connection yet";
     out.received = 0;
   }

@@ -66,6 +66,13 @@ bool is_own_address(const std::string& address) {
 void tune_data_socket(int fd) {
   const int on = 1;
   ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  // A rank that only waits has nothing unacknowledged by which a cut network would show.
+  ::setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+  const int second = 1;
+  const int probes = 2;
+  ::setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &second, sizeof second);
+  ::setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &second, sizeof second);
+  ::setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
   char name[16] = {};
   socklen_t size = sizeof name;
   if (::getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &size) != 0 ||
