@@ -173,7 +173,8 @@ class HttpHead final : public Head {
       health.state = api::InstanceState::kDraining;
     } else {
       // Routes exist only from open() on, when every rank has confirmed.
-      health.state = api::InstanceState::kServing;
+      health.state = view.recovering ? api::InstanceState::kRecovering
+                                     : api::InstanceState::kServing;
       if (view.recovering) health.reason = view.recovering->what();
     }
     return health;
@@ -271,10 +272,10 @@ int serve_main(int argc, char** argv) {
   CLI::App app{"Starts one node of an instance. Without a config file: --model DIR."};
   add_serve_options(app, arguments);
   app.add_option("--expert-parallel", expert_parallel, "accepted, without effect");
-  std::string on_loss = "fail";
+  std::string on_loss = "wait";
   double recovery_seconds = 300;
   double drain_seconds = 3;
-  app.add_option("--on-loss", on_loss, "when a rank or node is lost: wait (for its return; running requests pause and go on), or fail (they get an error that names it, the nodes exit). The master's counts")
+  app.add_option("--on-loss", on_loss, "when a rank or node is lost: wait (default: for its return; running requests pause and go on), or fail (they get an error that names it, the nodes exit). The master's counts")
       ->check(CLI::IsMember({"wait", "fail"}))->envname("PHALANX_ON_LOSS");
   app.add_option("--recovery-seconds", recovery_seconds, "with --on-loss=wait: longest time without a lost node, or of a slave without its master, before all exit (300)")
       ->check(CLI::Range(1.0, 1e6))->envname("PHALANX_RECOVERY_SECONDS");

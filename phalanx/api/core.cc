@@ -51,6 +51,7 @@ void Core::require_serving() const {
   const InstanceHealth now = health();
   switch (now.state) {
     case InstanceState::kServing:
+    case InstanceState::kRecovering:
       return;
     case InstanceState::kStarting:
       throw Refused(unavailable("The service is starting", 1));

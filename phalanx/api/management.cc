@@ -32,10 +32,10 @@ HttpResponse empty_response(int status) {
   return {.status = status, .content_type = "", .body = {}, .headers = {}};
 }
 
-OrderedJson abnormal_nodes(const InstanceHealth& health) {
+OrderedJson abnormal_nodes(const InstanceHealth& health, const char* message) {
   OrderedJson nodes = OrderedJson::array();
   for (const auto& node : health.lost) nodes.push_back(fmt::format("node({}) is abnormal.", node));
-  OrderedJson json{{"message", "Abnormal node detected"}, {"no_contact_node", std::move(nodes)}};
+  OrderedJson json{{"message", message}, {"no_contact_node", std::move(nodes)}};
   if (!health.reason.empty()) json["reason"] = health.reason;
   return json;
 }
@@ -51,7 +51,9 @@ std::optional<HttpResponse> unhealthy(const Core& core) {
       health.state == InstanceState::kStopped)
     return to_response(unavailable("The service has been stopped."));
   if (health.state == InstanceState::kStarting) return empty_response(503);
-  if (!health.lost.empty()) return json_response(500, abnormal_nodes(health));
+  if (health.state == InstanceState::kRecovering) return std::nullopt;  // live, not ready
+  if (!health.lost.empty())
+    return json_response(500, abnormal_nodes(health, "Abnormal node detected"));
   if (health.state == InstanceState::kFailed) {
     OrderedJson json{{"message", "Service is abnormal"}};
     if (!health.reason.empty()) json["reason"] = health.reason;
@@ -60,14 +62,23 @@ std::optional<HttpResponse> unhealthy(const Core& core) {
   return std::nullopt;
 }
 
+// What is lost while the group waits for it; nothing when nothing is.
+std::optional<OrderedJson> recovering(const Core& core) {
+  const InstanceHealth health = core.health();
+  if (health.state != InstanceState::kRecovering) return std::nullopt;
+  return abnormal_nodes(health, "Service is recovering");
+}
+
 HttpResponse live(const Core& core) {
   if (auto bad = unhealthy(core)) return *bad;
+  if (const auto lost = recovering(core)) return json_response(200, *lost);
   if (is_busy(core)) return json_response(200, {{"message", "Service is alive but busy"}});
   return empty_response(200);
 }
 
 HttpResponse ready(const Core& core) {
   if (auto bad = unhealthy(core)) return *bad;
+  if (const auto lost = recovering(core)) return json_response(503, *lost);
   if (is_busy(core))
     return json_response(
         503, {{"message", "Service is alive but busy. Consider reducing request frequency"}});
@@ -291,6 +302,19 @@ MetricsView metrics_view(const Core& core) {
                           .bytes_sent = counter("bytes_sent"),
                           .bytes_received = counter("bytes_received"),
                           .bytes_shared = counter("bytes_shared")});
+  }
+  for (const auto& node : own.value("nodes", nlohmann::json::array())) {
+    if (!node.is_object()) continue;
+    const std::string state = node.value("state", "");
+    view.nodes.push_back({.address = node.value("address", ""),
+                          .verdict = node.value("verdict", ""),
+                          .up = state != "absent" && state != "lost"});
+  }
+  view.generation = own.value("generation", uint64_t{0});
+  if (const auto recovery = own.find("recovery"); recovery != own.end() && recovery->is_object()) {
+    view.recoveries = recovery->value("count", uint64_t{0});
+    view.last_recovery_seconds = recovery->value("last_seconds", 0.0);
+    view.recovering = !recovery->value("loss", "").empty();
   }
   for (const auto& certificate : own.value("certificates", nlohmann::json::array()))
     view.certificates.push_back(

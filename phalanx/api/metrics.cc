@@ -218,6 +218,19 @@ std::string Metrics::render(const MetricsView& view) const {
            &RankFigures::bytes_received);
   per_rank("phalanx_rank_shared_bytes_total", "Bytes a rank exchanged within its node.",
            &RankFigures::bytes_shared);
+  if (view.generation > 0) {
+    add("phalanx_generation", "Number of the present group of ranks.", "gauge", view.generation);
+    add("phalanx_recovering", "1 while a rank or node is lost and waited for.", "gauge",
+        view.recovering ? 1 : 0);
+    add("phalanx_recoveries_total", "Losses that requests went on after.", "counter",
+        view.recoveries);
+    add("phalanx_last_recovery_seconds", "From the last loss to serving again in seconds.", "gauge",
+        view.last_recovery_seconds);
+    out += head("phalanx_node_up", "0 while a node is lost, with the verdict on it.", "gauge");
+    for (const NodeFigures& node : view.nodes)
+      out += fmt::format("phalanx_node_up{{{},node=\"{}\",verdict=\"{}\"}} {}\n", label,
+                         escape_label(node.address), escape_label(node.verdict), node.up ? 1 : 0);
+  }
   if (!view.certificates.empty()) {
     out += head("phalanx_certificate_end_timestamp_seconds",
                 "When the certificate of a plane ends, in seconds since 1970.", "gauge");

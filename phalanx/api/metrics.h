@@ -34,6 +34,12 @@ struct RankFigures {
   uint64_t steps = 0, bytes_sent = 0, bytes_received = 0, bytes_shared = 0;
 };
 
+struct NodeFigures {
+  std::string address;
+  std::string verdict;  // dead, stuck, cut off or away, while it is lost
+  bool up = true;
+};
+
 struct CertificateFigures {
   std::string plane;
   int64_t not_after = 0;  // seconds since 1970
@@ -44,6 +50,10 @@ struct MetricsView {
   std::string model_name;
   engine::EngineStats engine;
   std::vector<RankFigures> ranks;
+  std::vector<NodeFigures> nodes;
+  uint64_t generation = 0, recoveries = 0;
+  double last_recovery_seconds = 0;
+  bool recovering = false;
   std::vector<CertificateFigures> certificates;
 };
 

@@ -55,11 +55,12 @@ struct ServiceOptions {
 };
 
 // State of the whole instance as the health routes tell it.
-enum class InstanceState { kStarting, kServing, kDraining, kStopped, kFailed };
+// kRecovering: a rank or node is lost, requests are accepted and wait for its return.
+enum class InstanceState { kStarting, kServing, kRecovering, kDraining, kStopped, kFailed };
 struct InstanceHealth {
   InstanceState state = InstanceState::kStarting;
   std::vector<std::string> lost;            // addresses of nodes without contact
-  std::string reason;                       // for kFailed: which node, which rank, why
+  std::string reason;                       // for kFailed and kRecovering: which node, which rank, why
 };
 
 // The routes of an instance. Stop the server before this goes (what still runs afterwards finds a

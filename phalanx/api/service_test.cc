@@ -365,6 +365,18 @@ TEST(Service, HealthFollowsTheInstance) {
             R"({"message":"Service is abnormal","reason":"rank 0 died"})");
   expect_refused(post(instance.port, kChat, chat()), 503, "Service Unavailable",
                  "The service is not healthy. rank 0 died");
+  const std::string lost = "node 127.0.0.2 is dead: its connection ended";
+  const std::string recovering = R"({"message":"Service is recovering",)"
+                                 R"("no_contact_node":["node(127.0.0.2) is abnormal."],)"
+                                 R"("reason":"node 127.0.0.2 is dead: its connection ended"})";
+  instance.set_health({.state = InstanceState::kRecovering, .lost = {"127.0.0.2"}, .reason = lost});
+  for (const char* path : {"/health", "/v2/health/live"}) {
+    EXPECT_EQ(fetch(instance.port, path).status, 200) << path;
+    EXPECT_EQ(fetch(instance.port, path).body, recovering) << path;
+  }
+  EXPECT_EQ(fetch(instance.port, "/v2/health/ready").status, 503);
+  EXPECT_EQ(fetch(instance.port, "/v2/health/ready").body, recovering);
+  EXPECT_EQ(post(instance.port, kChat, chat()).status, 200);
   instance.set_health({.state = InstanceState::kServing, .lost = {}, .reason = {}});
   instance.engine.set_waiting(10);
   EXPECT_EQ(fetch(instance.port, "/health").body, R"({"message":"Service is alive but busy"})");
@@ -457,6 +469,10 @@ TEST(Service, TellsPrometheusOfRanksAndUnderVllmsNames) {
        .engine = {.running = 3, .blocks_total = 4, .blocks_free = 1, .steps = 2, .step_ns = 1500000000},
        .ranks = {{.rank = 1, .node = "10.0.0.2", .compute_seconds = 1.5, .wait_seconds = 0.25,
                   .bytes_sent = 7}},
+       .nodes = {{.address = "10.0.0.2", .verdict = "stuck", .up = false}},
+       .generation = 7,
+       .recoveries = 6,
+       .recovering = true,
        .certificates = {{"business", 1800000000}}});
   for (const char* line :
        {"vllm:num_requests_running{model_name=\"a \\\"b\\\"\",engine=\"0\"} 3\n",
@@ -466,6 +482,10 @@ TEST(Service, TellsPrometheusOfRanksAndUnderVllmsNames) {
         "phalanx_step_seconds_sum{model_name=\"a \\\"b\\\"\"} 1.5\n",
         "phalanx_rank_compute_seconds_total{model_name=\"a \\\"b\\\"\",rank=\"1\",node=\"10.0.0.2\"} 1.5\n",
         "phalanx_rank_wait_seconds_total{model_name=\"a \\\"b\\\"\",rank=\"1\",node=\"10.0.0.2\"} 0.25\n",
+        "phalanx_generation{model_name=\"a \\\"b\\\"\"} 7\n",
+        "phalanx_recovering{model_name=\"a \\\"b\\\"\"} 1\n",
+        "phalanx_recoveries_total{model_name=\"a \\\"b\\\"\"} 6\n",
+        "phalanx_node_up{model_name=\"a \\\"b\\\"\",node=\"10.0.0.2\",verdict=\"stuck\"} 0\n",
         "phalanx_certificate_end_timestamp_seconds{plane=\"business\"} 1800000000\n"})
     EXPECT_NE(text.find(line), std::string::npos) << line << text;
   EXPECT_EQ(metrics.averages().first_token_ms, 500);
