@@ -1,7 +1,7 @@
 # The front door. It only calls CMake presets and scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: help build demo serve test test-clients test-long fuzz attack oracle bench bench-load bench-peers bench-service connections faults bench-recovery format lint install clean
+.PHONY: help build demo serve test test-clients test-long fuzz attack oracle bench bench-load bench-peers bench-service connections faults bench-recovery recoveries format lint install clean
 
 help:
 	@echo "make build            build/release/phalanx (installs what is missing first)"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-service    what structures cost a step, what prompts that arrive cost others"
 	@echo "make connections      1,000 open streams on two nodes, and more than is allowed"
 	@echo "make faults           300 faults over 2 and 3 nodes, under load (root)"
+	@echo "make recoveries       100 killed ranks in a row: memory and descriptors stay flat"
 	@echo "make bench-recovery   what a loss costs: detection, recovery, first token"
 	@echo "make install PREFIX=  lays out PREFIX/mindie-service"
 	@echo "make format | lint    clang-format; arrows between rooms and clang-tidy"
@@ -84,6 +85,10 @@ connections: build
 faults: build
 	@scripts/setup --tests
 	@scripts/faults
+
+recoveries: build
+	@scripts/setup --tests
+	@build/venv/bin/python tests/stress_recovery.py
 
 bench-recovery: build
 	@scripts/setup --tests

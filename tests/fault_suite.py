@@ -39,7 +39,8 @@ RECOVERY_SECONDS = 120
 # What must happen: dead (found within 0.5 s), lost (within 3 s), none (nothing is lost at all).
 KINDS = {
     "kill_rank": "dead", "kill_node": "dead", "terminate_node": "dead",
-    "stop_rank": "lost", "stop_node": "lost", "cut": "lost", "half_open": "lost",
+    "stop_rank": "lost", "stop_node": "lost", "cut": "lost", "cut_control": "lost",
+    "cut_data": "lost", "half_open": "lost",
     "out_of_memory": "dead", "slow_link": "none", "duplicate": "none", "full_disk": "none",
 }
 STATES = ("idle", "prefill", "decode", "recovering", "draining", "waiting", "joining", "loading",
@@ -57,16 +58,18 @@ def ip(*arguments):
 
 
 class Network:
-    """`count` namespaces 10.99.0.1, 10.99.0.2, ... on a bridge in this process's own namespace."""
+    """`count` namespaces on two bridges in this process's own namespace: 10.99.0.1, 10.99.0.2, ... for
+    the control plane and clients, 10.98.0.1, ... for the data plane."""
 
     def __init__(self, count):
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.unshare(CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET): root is needed")
         ip("link", "set", "lo", "up")
-        ip("link", "add", "sw", "type", "bridge")
+        for bridge in ("sw", "dw"):
+            ip("link", "add", bridge, "type", "bridge")
+            ip("link", "set", bridge, "up")
         ip("address", "add", "10.99.0.100/24", "dev", "sw")
-        ip("link", "set", "sw", "up")
         self.holders = []
         for i in range(count):
             holder = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
@@ -74,17 +77,24 @@ class Network:
             own = os.readlink("/proc/self/ns/net")
             while os.readlink(f"/proc/{holder.pid}/ns/net") == own:
                 time.sleep(0.01)
-            ip("link", "add", f"p{i}", "type", "veth", "peer", "name", "eth0", "netns", holder.pid)
-            ip("link", "set", f"p{i}", "master", "sw", "up")
-            for command in (("link", "set", "lo", "up"), ("link", "set", "eth0", "up"),
-                            ("address", "add", f"10.99.0.{i + 1}/24", "dev", "eth0")):
-                subprocess.run(self.inside(i, "ip", *command), check=True)
+            subprocess.run(self.inside(i, "ip", "link", "set", "lo", "up"), check=True)
+            for port, bridge, device, address in (("p", "sw", "eth0", self.address(i)),
+                                                  ("d", "dw", "eth1", self.data_address(i))):
+                ip("link", "add", f"{port}{i}", "type", "veth", "peer", "name", device, "netns",
+                   holder.pid)
+                ip("link", "set", f"{port}{i}", "master", bridge, "up")
+                for command in (("link", "set", device, "up"),
+                                ("address", "add", f"{address}/24", "dev", device)):
+                    subprocess.run(self.inside(i, "ip", *command), check=True)
 
     def inside(self, node, *command):
         return ["nsenter", "-t", str(self.holders[node].pid), "-n", *map(str, command)]
 
     def address(self, node):
         return f"10.99.0.{node + 1}"
+
+    def data_address(self, node):
+        return f"10.98.0.{node + 1}"
 
     def close(self):
         for holder in self.holders:
@@ -97,19 +107,28 @@ class Cluster:
 
     PORTS = {"port": 1025, "management-port": 1026, "metrics-port": 1027, "multi-node-port": 1120}
 
-    def __init__(self, folder, network, devices, model):
+    def __init__(self, folder, network, devices, model, tls):
         self.folder, self.network, self.devices = pathlib.Path(folder), network, devices
         self.name, self.model = "demo", model
         self.nodes = {}
         self.logs = []           # of processes that ended
         hosts = ",".join(f"{network.address(i)}:{d}" for i, d in enumerate(devices))
         self.make("ranktable", "make", "--hosts", hosts, "-o", self.folder / "ranktable.json")
+        table = json.loads((self.folder / "ranktable.json").read_text())
+        for i, server in enumerate(table["server_list"]):
+            for device in server["device"]:
+                device["device_ip"] = network.data_address(i)
+        (self.folder / "ranktable.json").write_text(json.dumps(table))
+        if tls:
+            self.make("certs", "init", "--rank-table", self.folder / "ranktable.json",
+                      "--out", self.folder / "certs")
         key = "BackendConfig.ModelDeployConfig.ModelConfig[0].npuMemSize"
         ports = itertools.chain.from_iterable((f"--{k}", v) for k, v in self.PORTS.items())
         self.make("config", "make", "--model", model, "--name", self.name, "--multi-node",
                   "--ip", network.address(0), *ports, "--set", f"{key}=1",
                   "--set", "BackendConfig.ModelDeployConfig.maxSeqLen=4096",
                   "--set", "BackendConfig.ModelDeployConfig.maxInputTokenLen=3072",
+                  "--set", f"BackendConfig.interNodeTLSEnabled={str(tls).lower()}",
                   "-o", self.folder / "config.json")
 
     @staticmethod
@@ -125,7 +144,8 @@ class Cluster:
             MINDIE_LOG_PATH=self.folder / "log" / str(i), PHALANX_DRAIN_SECONDS=30,
             PHALANX_RECOVERY_SECONDS=RECOVERY_SECONDS)
         return Process(f"node {self.network.address(i)}",
-                       self.network.inside(i, program(), "serve"), environment)
+                       self.network.inside(i, program(), "serve", "--on-loss=wait", "--certs",
+                                           self.folder / "certs"), environment)
 
     def start(self):
         for i in range(len(self.devices)):
@@ -266,27 +286,37 @@ class Fault:
         process.send_signal(signal.SIGSTOP)
         self.undo_after(4.5, lambda: process.send_signal(signal.SIGCONT))
 
-    def cut(self):
+    def links(self, ports, state):
+        for port in ports:
+            ip("link", "set", f"{port}{self.node}", state)
+
+    def cut(self, ports="pd"):
+        """Packets vanish; nobody is told."""
         self.mark()
-        ip("link", "set", f"p{self.node}", "down")
-        self.undo_after(4.5, lambda: ip("link", "set", f"p{self.node}", "up"))
+        self.links(ports, "down")
+        self.undo_after(4.5, lambda: self.links(ports, "up"))
+
+    def cut_control(self):
+        self.cut("p")
+
+    def cut_data(self):
+        self.cut("d")
 
     def half_open(self):
-        """What this node sends to the master's and other nodes' addresses goes nowhere."""
-        rule = ("rule", "add", "blackhole", "to", "10.99.0.0/24", "priority", "10")
+        """What this node sends to other nodes goes nowhere; what they send arrives."""
+        rule = ("blackhole", "to", "10.98.0.0/15", "priority", "10")
         self.mark()
-        subprocess.run(self.cluster.network.inside(self.node, "ip", *rule), check=True)
-        back = ("rule", "delete", *rule[2:])
+        subprocess.run(self.cluster.network.inside(self.node, "ip", "rule", "add", *rule), check=True)
         self.undo_after(4.5, lambda: subprocess.run(
-            self.cluster.network.inside(self.node, "ip", *back), check=True))
+            self.cluster.network.inside(self.node, "ip", "rule", "delete", *rule), check=True))
 
     def slow_link(self):
         self.mark()
-        shape = ("qdisc", "add", "dev", f"p{self.node}", "root", "tbf", "rate", "20mbit", "burst",
-                 "32k", "latency", "400ms")
-        subprocess.run(["tc", *shape], check=True)
-        self.undo_after(2, lambda: subprocess.run(
-            ["tc", "qdisc", "delete", "dev", f"p{self.node}", "root"], check=True))
+        shape = ("root", "tbf", "rate", "20mbit", "burst", "32k", "latency", "400ms")
+        port = f"d{self.node}"
+        subprocess.run(["tc", "qdisc", "add", "dev", port, *shape], check=True)
+        self.undo_after(2, lambda: subprocess.run(["tc", "qdisc", "delete", "dev", port, "root"],
+                                                  check=True))
 
     def duplicate(self):
         self.mark()
@@ -351,7 +381,8 @@ class Suite:
     def run(self):
         a = self.arguments
         choice = random.Random(a.seed)
-        print(f"seed {a.seed}, {a.count} faults over {a.nodes} nodes", flush=True)
+        print(f"seed {a.seed}, {a.count} faults over {a.nodes} nodes, "
+              f"{'in the clear' if a.clear else 'under TLS'}", flush=True)
         model = demo_model()
         with tempfile.TemporaryDirectory(prefix="phalanx-faults-") as folder:
             self.folder = pathlib.Path(folder)
@@ -360,7 +391,8 @@ class Suite:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(logs)], check=True)
             network = Network(a.nodes)
             try:
-                self.cluster = Cluster(folder, network, [2] + [1] * (a.nodes - 1), model)
+                self.cluster = Cluster(folder, network, [2] + [1] * (a.nodes - 1), model,
+                                       not a.clear)
                 with concurrent.futures.ThreadPoolExecutor(REQUESTS + 2) as self.pool:
                     self.cluster.start()
                     self.expected = [f.result()[0] for f in self.cluster.load(self.pool)]
@@ -585,6 +617,7 @@ def main():
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--clear", action="store_true", help="no TLS between the nodes")
     parser.add_argument("--only", help="STATE:KIND")
     arguments = parser.parse_args()
     for tool in ("ip", "tc", "unshare", "nsenter", "mount"):

@@ -12,6 +12,8 @@ from support.prompts import PROMPTS
 from test_faults import wait_running
 
 OUTPUT = 160
+LONG = os.environ.get("PHALANX_LONG_TEST")
+FROZEN_SECONDS = 60 if LONG else 5
 
 
 def completion(instance, prompt):
@@ -52,6 +54,16 @@ def wait_generation(instance, number, seconds=20):
     raise AssertionError(f"no generation {number} within {seconds} s: {now}")
 
 
+def wait_state(instance, state, seconds=20):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        now = status(instance)
+        if now["state"] == state:
+            return now
+        time.sleep(0.02)
+    raise AssertionError(f"not {state} within {seconds} s: {now}")
+
+
 @pytest.fixture(scope="module")
 def instance(tmp_path_factory, model):
     with Instance(tmp_path_factory.mktemp("recovery"), model, [2, 1]) as instance:
@@ -80,3 +92,56 @@ def test_killed_rank_under_load_loses_nothing(instance, expected, rank):
     assert under_load(instance, prompts, kill) == texts
     log = instance.nodes[0].text("err")
     assert f"rank {rank} (pid {pid}) was killed by signal 9" in log
+
+
+def test_a_frozen_rank_is_named_stuck_and_replaced(instance, expected):
+    prompts, texts = expected
+    before = status(instance)
+    pid = next(r["pid"] for r in before["ranks"] if r["rank"] == 2)
+
+    def freeze():
+        os.kill(pid, signal.SIGSTOP)
+        wait_generation(instance, before["generation"] + 1)
+    assert under_load(instance, prompts, freeze) == texts
+    log = instance.nodes[0].text("err")
+    assert f"rank 2 (pid {pid}) is stuck" in log and "stopped by a signal" in log
+
+
+def test_a_frozen_node_is_named_stuck_and_goes_on_after_sigcont(instance, expected):
+    """For 60 s with PHALANX_LONG_TEST=1."""
+    prompts, texts = expected
+    before = status(instance)
+    slave = instance.nodes[1].popen
+
+    def freeze():
+        frozen = time.monotonic()
+        slave.send_signal(signal.SIGSTOP)
+        now = wait_state(instance, "recovering")
+        assert time.monotonic() - frozen < 4
+        assert now["nodes"][1]["verdict"] == "stuck", now["nodes"]
+        assert "node 127.0.0.2 is stuck" in now["recovery"]["loss"]
+        live, body = instance.get("/health")
+        assert live == 200 and json.loads(body)["no_contact_node"] == ["node(127.0.0.2) is abnormal."]
+        ready, body = instance.get("/v2/health/ready")
+        assert ready == 503 and "node 127.0.0.2 is stuck" in json.loads(body)["reason"]
+        metrics = instance.get("/metrics", port=instance.metrics_port)[1]
+        assert 'node="127.0.0.2",verdict="stuck"} 0' in metrics
+        time.sleep(max(0, frozen + FROZEN_SECONDS - time.monotonic()))
+        slave.send_signal(signal.SIGCONT)
+        wait_generation(instance, before["generation"] + 1)
+        assert instance.get("/v2/health/ready")[0] == 200
+    assert under_load(instance, prompts, freeze) == texts
+    after = status(instance)
+    assert after["generation"] == before["generation"] + 1 and after["nodes"][1]["verdict"] == ""
+
+
+def test_a_node_that_is_killed_and_started_again_goes_on(instance, expected):
+    prompts, texts = expected
+    before = status(instance)
+
+    def kill():
+        instance.nodes[1].kill()
+        assert wait_state(instance, "recovering")["nodes"][1]["verdict"] == "dead"
+        instance.start_node(1)
+        wait_generation(instance, before["generation"] + 1, 60)
+    assert under_load(instance, prompts, kill) == texts
