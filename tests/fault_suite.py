@@ -141,7 +141,7 @@ class Cluster:
             MIES_CONFIG_JSON_PATH=self.folder / "config.json",
             RANK_TABLE_FILE=self.folder / "ranktable.json",
             MIES_CONTAINER_IP=self.network.address(i), MINDIE_LOG_TO_FILE=1,
-            MINDIE_LOG_PATH=self.folder / "log" / str(i), PHALANX_DRAIN_SECONDS=30,
+            MINDIE_LOG_PATH=self.folder / "log" / str(i), PHALANX_DRAIN_SECONDS=120,
             PHALANX_RECOVERY_SECONDS=RECOVERY_SECONDS)
         return Process(f"node {self.network.address(i)}",
                        self.network.inside(i, program(), "serve", "--on-loss=wait", "--certs",
@@ -518,7 +518,7 @@ class Suite:
         time.sleep(0.05)
         getattr(fault, kind)()
         self.check(running)
-        statuses = {n.name: n.wait(60) for n in cluster.nodes.values()}
+        statuses = {n.name: n.wait(RECOVERY_SECONDS) for n in cluster.nodes.values()}
         assert set(statuses.values()) == {0}, statuses
         cluster.start()
         return {}
@@ -536,7 +536,7 @@ class Suite:
         else:
             cluster.replace(node)
             cluster.nodes[node].wait_for({"joining": "joined master", "loading": "data plane listens",
-                                          "warming": "KV cache"}[state], 60)
+                                          "warming": "KV cache: "}[state], 60)
             time.sleep(choice.random() * 0.2)
         victim = cluster.nodes[node]
         if kind == "duplicate":

@@ -8,11 +8,14 @@ from support.instance import Instance
 
 
 def other_model(folder, model, name, change):
-    """A copy of the checkpoint directory by links, with one file changed."""
+    """A copy of the checkpoint directory, the weights by a link, with one file changed."""
     copy = folder / "other-model"
     copy.mkdir()
     for file in model.iterdir():
-        (copy / file.name).symlink_to(file.resolve())
+        if file.suffix == ".safetensors":
+            (copy / file.name).symlink_to(file.resolve())
+        elif file.is_file():
+            shutil.copy(file, copy / file.name)
     target = copy / name
     data = bytearray(target.read_bytes())
     target.unlink()

@@ -11,7 +11,7 @@ from support.instance import Instance
 from support.prompts import PROMPTS
 from test_faults import wait_running
 
-OUTPUT = 160
+OUTPUT = 48
 LONG = os.environ.get("PHALANX_LONG_TEST")
 FROZEN_SECONDS = 60 if LONG else 5
 
@@ -74,8 +74,8 @@ def instance(tmp_path_factory, model):
 
 @pytest.fixture(scope="module")
 def expected(instance):
-    prompts = PROMPTS[:8]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    prompts = PROMPTS[:6]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
         return prompts, list(pool.map(lambda p: completion(instance, p), prompts))
 
 
