@@ -14,7 +14,7 @@ help:
 	@echo "make attack           strangers at the ports of two nodes under load, 5 minutes, ASan; ATTACK_SECONDS=300"
 	@echo "make oracle           remakes tests/oracle/data and quantised (needs torch and transformers)"
 	@echo "make bench            memory, kernels, collectives, engine; tables in bench/RESULTS.md"
-	@echo "make bench-load       loading beside plain reading and memcpy"
+	@echo "make bench-load       loading beside plain reading and memcpy; 4 GB with experts over two nodes"
 	@echo "make bench-peers      the same work by llama.cpp, vLLM and OpenVINO; bench/PEERS.md"
 	@echo "make bench-service    what structures cost a step, what prompts that arrive cost others"
 	@echo "make connections      1,000 open streams on two nodes, and more than is allowed"
@@ -70,6 +70,8 @@ bench: build
 
 bench-load: build
 	@scripts/bench load
+	@scripts/setup --tests
+	@mkdir -p build/load && build/venv/bin/python tests/load_experts.py build/load
 
 bench-peers: build
 	@scripts/bench-peers

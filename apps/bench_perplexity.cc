@@ -6,13 +6,16 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 #include <thread>
 
+#include "apps/kv_option.h"
 #include "phalanx/base/clock.h"
 #include "phalanx/base/error.h"
 #include "phalanx/base/json.h"
 #include "phalanx/base/progress.h"
 #include "phalanx/comm/bootstrap.h"
+#include "phalanx/models/kv_format.h"
 #include "phalanx/models/model.h"
 #include "phalanx/text/tokenizer.h"
 
@@ -28,6 +31,7 @@ struct Arguments {
   int64_t tokens = 4000;
   int64_t window = 1000;
   int threads = 0;
+  std::optional<models::KvDtype> kv;
 };
 
 // Sum of -log p of tokens 1 ... n - 1, each given all before it.
@@ -81,12 +85,14 @@ void measure(const Arguments& a) {
       a.threads > 0 ? a.threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   ThreadPool pool({.threads = threads, .spin_us = 50});
   const auto group = comm::single_group();
+  const models::KvDtype kv = a.kv.value_or(models::KvDtype::kCheckpoint);
   const auto model = models::load_model({.directory = a.model,
                                          .isa = ops::choose_isa(),
                                          .max_step_tokens = kRows,
                                          .max_step_rows = kRows,
                                          .max_sequence = a.window,
                                          .block_size = kBlock,
+                                         .kv = kv,
                                          .weights = {1.0},
                                          .threads = threads},
                                         *group, pool, nullptr);
@@ -105,11 +111,12 @@ void measure(const Arguments& a) {
     predicted += n - 1;
   }
   progress.done();
-  fmt::print("perplexity {:.4f} over {} tokens in windows of {} ({}, {})\n",
+  fmt::print("perplexity {:.4f} over {} tokens in windows of {} ({}, {}, KV cache {})\n",
              std::exp(sum / static_cast<double>(predicted)), predicted, a.window,
              ops::isa_name(ops::choose_isa()),
              info.formats == nullptr ? std::string(tensor::dtype_name(info.dtype))
-                                     : info.formats->summary());
+                                     : info.formats->summary(),
+             models::kv_format_text(info, kv));
 }
 
 }  // namespace
@@ -125,6 +132,7 @@ int bench_perplexity(int argc, char** argv) {
   app.add_option("--window", a.window, "tokens that see each other")
       ->check(CLI::Range(int64_t{2}, int64_t{1} << 20))
       ->capture_default_str();
+  add_kv_option(app, a.kv);
   app.add_option("--threads", a.threads, "0: all cores")->check(CLI::Range(0, 1024));
   CLI11_PARSE(app, argc, argv);
   measure(a);

@@ -215,6 +215,8 @@ void check_model(const HostResources& host, bool with_text, CheckReport& report)
           "model {}: {}, {} layers, {} of weights on this node, KV cache up to {} per rank",
           config.model.name, report.plan->info.model_type, report.plan->info.num_layers,
           format_bytes(weights), format_bytes(report.plan->kv_bytes_per_rank)));
+      for (std::string& line : format_report(config, *report.plan))
+        report.facts.push_back(std::move(line));
     });
   }
   if (!with_text || !is_master(config)) return;

@@ -19,6 +19,7 @@
 #include "apps/config_security.h"
 #include "apps/config_weights.h"
 #include "phalanx/base/guarded_file.h"
+#include "phalanx/models/kv_format.h"
 #include "phalanx/net/address.h"
 #include "phalanx/net/digest.h"
 
@@ -394,6 +395,8 @@ std::vector<std::pair<std::string, std::string>> shared_settings(const NodeConfi
       {"maxInputTokenLen", std::to_string(model.max_input_tokens)},
       {"truncation", std::to_string(model.truncation)},
       {"npuMemSize", std::to_string(model.npu_mem_gb)},
+      {"kvCacheDtype", std::string(models::kv_dtype_name(model.kv))},
+      {"moe_ep", std::to_string(model.moe_ep)},
       {"cacheBlockSize", std::to_string(schedule.cache_block_size)},
       {"maxPrefillBatchSize", std::to_string(schedule.max_prefill_batch)},
       {"maxPrefillTokens", std::to_string(schedule.max_prefill_tokens)},
@@ -486,6 +489,7 @@ NodeConfig examine_node_config(const ServeArguments& arguments, const Environmen
                         : "--tp",
               problems);
   config.model.moe_ep = parallel.moe_ep.value_or(1);
+  config.model.kv = arguments.kv.value_or(config.model.kv);
 
   config.model.max_input_tokens =
       std::min(config.model.max_input_tokens, std::max<int64_t>(1, config.model.max_sequence - 1));

@@ -13,6 +13,7 @@
 #include "apps/config_inter_node.h"
 #include "phalanx/base/error.h"
 #include "phalanx/cluster/rank_table.h"
+#include "phalanx/models/model.h"
 #include "phalanx/net/tls_material.h"
 
 namespace phalanx::apps {
@@ -57,6 +58,7 @@ struct ModelConfig {
   bool enable_reasoning = false;
   std::vector<std::string> aliases;  // other names that requests may use
   int64_t moe_ep = 1;  // runs of neighbouring ranks that hold whole experts
+  models::KvDtype kv = models::KvDtype::kCheckpoint;
 };
 
 struct ScheduleConfig {
@@ -118,6 +120,7 @@ struct ServeArguments {
   bool allow_credentials = false;
   std::string certs;                             // --certs DIR; empty: the install directory
   std::string speculative_config;                // --speculative-config JSON
+  std::optional<models::KvDtype> kv;             // --kv-dtype; before config.json's
 };
 
 // The settings that all nodes must share, by their key names, for comparison at a join; the digest

@@ -12,8 +12,9 @@
 #include "apps/config_section.h"
 #include "apps/config_security.h"
 #include "phalanx/base/json.h"
-#include "phalanx/text/tool_calls.h"
+#include "phalanx/models/kv_format.h"
 #include "phalanx/net/address.h"
+#include "phalanx/text/tool_calls.h"
 
 namespace phalanx::apps {
 namespace {
@@ -198,6 +199,15 @@ void read_model_entry(const json& object, Reading& reading) {
   only_off(section, "cp", "context");
   only_off(section, "sp", "sequence");
   only_off(section, "pp", "pipeline");
+  std::string kv = "auto";
+  if (section.string("kvCacheDtype", Need::kOptional, kv)) {
+    if (const auto choice = models::kv_dtype_of(kv))
+      model.kv = *choice;
+    else
+      section.problem("kvCacheDtype", "unknown type of the KV cache", fmt::format("\"{}\"", kv),
+                      std::string(models::kKvDtypeNames),
+                      "write \"kvCacheDtype\": \"auto\", or no such key");
+  }
   if (const json* plugins = section.any("plugin_params"))
     read_plugin_params(*plugins, section.where("plugin_params"), reading.problems,
                        reading.config.ignored, reading.config.plugins);

@@ -12,6 +12,7 @@
 #include "phalanx/base/check.h"
 #include "phalanx/base/log.h"
 #include "phalanx/base/progress.h"
+#include "phalanx/models/kv_format.h"
 #include "phalanx/net/address.h"
 #include "phalanx/ops/isa.h"
 #include "phalanx/weights/arena.h"
@@ -41,6 +42,7 @@ models::ModelOptions model_options(const NodeConfig& config, const NodePlan& pla
           .max_step_rows = plan.max_step_rows,
           .max_sequence = config.model.max_sequence,
           .block_size = config.schedule.cache_block_size,
+          .kv = config.model.kv,
           .weights = plan.weights,
           .moe_ep = config.model.moe_ep,
           .rank = rank,
@@ -139,6 +141,17 @@ std::string layout_table(const NodeConfig& config, const NodePlan& plan) {
                         range(l.mlp_rows), range(l.vocab_rows));
   }
   return text;
+}
+
+std::vector<std::string> format_report(const NodeConfig& config, const NodePlan& plan) {
+  std::vector<std::string> lines;
+  if (plan.info.formats != nullptr)
+    lines.push_back(fmt::format("number formats ({}): {}; other layers {}",
+                                plan.info.formats->source, plan.info.formats->summary(),
+                                tensor::dtype_name(plan.info.dtype)));
+  lines.push_back(
+      fmt::format("KV cache: {}", models::kv_format_text(plan.info, config.model.kv)));
+  return lines;
 }
 
 cluster::JoinFacts join_facts(const NodeConfig& config, const NodePlan& plan) {

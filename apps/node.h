@@ -40,6 +40,9 @@ struct NodePlan {
 // A table for people: which rank has which heads, rows and vocabulary.
 [[nodiscard]] std::string layout_table(const NodeConfig& config, const NodePlan& plan);
 
+// How weights and KV cache are stored, one line each.
+[[nodiscard]] std::vector<std::string> format_report(const NodeConfig& config, const NodePlan& plan);
+
 // This node's part of an instance: its rank processes, as the control plane drives them. Each
 // generation has new ones. The packed weights of every rank stay here: a rank's successor maps them
 // and reads nothing.

@@ -24,6 +24,7 @@ json to_json(const RankSpec& s) {
           {"max_step_rows", s.model.max_step_rows},
           {"max_sequence", s.model.max_sequence},
           {"block_size", s.model.block_size},
+          {"kv", static_cast<int>(s.model.kv)},
           {"weights", s.model.weights},
           {"moe_ep", s.model.moe_ep},
           {"rank", s.model.rank},
@@ -44,6 +45,7 @@ RankSpec rank_spec_from_json(const json& j) {
   s.model.max_step_rows = j.at("max_step_rows").get<int64_t>();
   s.model.max_sequence = j.at("max_sequence").get<int64_t>();
   s.model.block_size = j.at("block_size").get<int64_t>();
+  s.model.kv = static_cast<models::KvDtype>(j.at("kv").get<int>());
   s.model.weights = j.at("weights").get<std::vector<double>>();
   s.model.moe_ep = j.at("moe_ep").get<int64_t>();
   s.model.rank = j.at("rank").get<int>();

@@ -17,6 +17,7 @@
 #include "apps/config_log.h"
 #include "apps/generation_defaults.h"
 #include "apps/instance.h"
+#include "apps/kv_option.h"
 #include "apps/prompt_head.h"
 #include "apps/run_report.h"
 #include "phalanx/net/address.h"
@@ -58,6 +59,9 @@ struct RunArguments {
   bool trust_remote_code = false;
   bool distributed_enable = false;
   std::string inter_node_tls, certs;
+  std::optional<models::KvDtype> kv;
+  int64_t moe_tp = -1;
+  int64_t moe_ep = -1;
 };
 
 void add_options(CLI::App& app, RunArguments& a) {
@@ -83,13 +87,16 @@ void add_options(CLI::App& app, RunArguments& a) {
   app.add_flag("--trust_remote_code", a.trust_remote_code, "accepted, without effect");
   app.add_option("--kw_args", a.kw_args, "accepted, without effect");
   app.add_option("--tp", a.tp, "number of ranks (all of them)");
-  for (const char* name : {"dp", "sp", "cp", "moe_tp", "moe_ep", "pp", "microbatch_size"})
+  app.add_option("--moe_tp", a.moe_tp, "ranks that share an expert (-1: all)");
+  app.add_option("--moe_ep", a.moe_ep, "runs of ranks that hold whole experts (-1: 1)");
+  for (const char* name : {"dp", "sp", "cp", "pp", "microbatch_size"})
     app.add_option("--" + std::string(name), a.other_parallel[name], "only -1 or 1");
   for (auto& [name, value] : a.other_parallel) value = -1;
   app.add_option("--lora_modules", a.lora_modules);
   app.add_option("--max_loras", a.max_loras);
   app.add_option("--max_lora_rank", a.max_lora_rank);
   app.add_flag("--distributed_enable", a.distributed_enable, "accepted, without effect");
+  add_kv_option(app, a.kv);
   app.add_option("--certs", a.certs, "folder that 'phalanx certs init' filled: TLS between nodes");
   app.add_option("--inter-node-tls", a.inter_node_tls,
                  "off: clear text between hosts (also PHALANX_INTER_NODE_TLS=off)")
@@ -114,6 +121,22 @@ std::optional<int> number(const Environment& environment, const std::string& nam
     return std::nullopt;
   }
   return value;
+}
+
+// moe_ep x moe_tp is all ranks; -1: what makes it so.
+void place_experts(const RunArguments& a, int64_t ranks, NodeConfig& config, Problems& problems) {
+  const auto known = [](int64_t n) { return n == -1 || n >= 1; };
+  const int64_t ep = a.moe_ep != -1 ? a.moe_ep : a.moe_tp >= 1 ? ranks / a.moe_tp : 1;
+  const int64_t tp = a.moe_tp != -1 ? a.moe_tp : ep >= 1 ? ranks / ep : 0;
+  if (known(a.moe_ep) && known(a.moe_tp) && ep * tp == ranks) {
+    config.model.moe_ep = ep;
+    return;
+  }
+  problems.add({.what = "World size must equal to MoE's ep_size * MoE's tp_size",
+                .where = "--moe_ep, --moe_tp",
+                .found = fmt::format("moe_ep {}, moe_tp {}", a.moe_ep, a.moe_tp),
+                .expected = fmt::format("a product of {}, the number of all ranks", ranks),
+                .fix = "leave --moe_ep and --moe_tp out"});
 }
 
 // The table for one process per rank: every rank is a node of its own, found at its server.
@@ -167,6 +190,7 @@ void place_ranks(const RunArguments& a, const Environment& environment, NodeConf
     problems.add({.what = "only tensor parallelism over all ranks is supported", .where = "--tp",
                   .found = std::to_string(a.tp), .expected = fmt::format("{} or -1", total),
                   .fix = "leave --tp out"});
+  place_experts(a, total, config, problems);
   if (rank && *rank >= total) {
     problems.add({.what = "no such rank", .where = "RANK", .found = std::to_string(*rank),
                   .expected = fmt::format("0 to {}", total - 1), .fix = "correct RANK or the table"});
@@ -228,6 +252,7 @@ NodeConfig make_config(const RunArguments& a, const Environment& environment) {
       a.max_prefill_tokens > 0 ? a.max_prefill_tokens
                                : a.max_batch_size * (a.max_input_length + a.max_output_length);
   config.schedule.max_output_tokens = a.max_output_length;
+  config.model.kv = a.kv.value_or(models::KvDtype::kCheckpoint);
   config.npu_memory_fraction = 1.0;
   if (const std::string fraction = get(environment, "NPU_MEMORY_FRACTION"); !fraction.empty()) {
     config.npu_memory_fraction = std::strtod(fraction.c_str(), nullptr);
@@ -258,7 +283,7 @@ NodeConfig make_config(const RunArguments& a, const Environment& environment) {
   for (const auto& [name, value] : a.other_parallel)
     if (value != -1 && value != 1)
       problems.add({.what = "this kind of parallelism is not supported", .where = "--" + name,
-                    .found = std::to_string(value), .expected = "-1 or 1 (all ranks are tensor parallel)",
+                    .found = std::to_string(value), .expected = "-1 or 1",
                     .fix = "leave --" + name + " out"});
   for (const auto& [used, name] : std::initializer_list<std::pair<bool, const char*>>{
            {a.enable_atb_torch, "--enable_atb_torch"},
@@ -383,6 +408,7 @@ int run_main(int argc, char** argv) {
   std::atomic<int> failed{0};
   std::shared_ptr<const text::Tokenizer> tokenizer;
   if (instance.is_master()) {
+    for (const std::string& line : format_report(config, plan)) log_info("{}", line);
     log_info("who computes which outputs:\n{}", layout_table(config, plan));
     std::shared_ptr<const text::ChatTemplate> chat;
     if (wants_tokenizer) {

@@ -16,6 +16,7 @@
 #include "apps/config_watch.h"
 #include "apps/generation_defaults.h"
 #include "apps/instance.h"
+#include "apps/kv_option.h"
 #include "apps/config_log.h"
 #include "phalanx/api/http_server.h"
 #include "phalanx/api/plane_tls.h"
@@ -205,9 +206,7 @@ void show_start(const NodeConfig& config, const NodePlan& plan, const HostResour
   log_info("model {}: {} ({} layers, {} parameters' bytes), cut over {} rank{}", config.model.name,
            plan.info.model_type, plan.info.num_layers, format_bytes(plan.info.parameter_bytes),
            config.table.world_size, config.table.world_size == 1 ? "" : "s");
-  if (plan.info.formats != nullptr)
-    log_info("number formats ({}): {}; other layers {}", plan.info.formats->source,
-             plan.info.formats->summary(), tensor::dtype_name(plan.info.dtype));
+  for (const std::string& line : format_report(config, plan)) log_info("{}", line);
   log_info("who computes which outputs:\n{}", layout_table(config, plan));
   log_info("memory of this node: weights {}, workspace {}, KV cache up to {} per rank, of {} ({})",
            format_bytes(weights), format_bytes(workspace), format_bytes(plan.kv_bytes_per_rank),
@@ -240,6 +239,7 @@ void add_serve_options(CLI::App& app, ServeArguments& arguments) {
          "names in the API; with --model the first is the model's own name, else all are aliases")
       ->expected(1, 16);
   app.add_option("--speculative-config", a.speculative_config, R"(guesses from the text so far: {"method": "ngram", "num_speculative_tokens": 5})");
+  add_kv_option(app, a.kv);
   app.add_option("--certs", a.certs, "folder that 'phalanx certs init' filled (else the install directory)");
   app.add_option("--api-key", a.api_keys, "clients must send one of these keys (Authorization: Bearer); better --api-key-file")
       ->expected(1, 1000);
