@@ -103,7 +103,7 @@ impl Grammars {
 
 /// Counts that the compiler would write out one by one.
 const COUNTS: [&str; 4] = ["minItems", "maxItems", "minProperties", "maxProperties"];
-const MOST: f64 = 100_000.0;
+const MOST: f64 = 10_000.0;
 
 fn check_counts(schema: &Json) -> Result<(), String> {
     match schema {
