@@ -135,6 +135,7 @@ struct RankSupervisor::State {
   bool stopping = false;   // ends with status 0 are expected
   bool aborted = false;
   bool fault_told = false;
+  bool cause_told = false;  // a definite one, perhaps after its echo
   bool quit = false;
   std::thread thread;
 
@@ -294,12 +295,14 @@ struct RankSupervisor::State {
     bool definite = false;
     {
       const std::lock_guard lock(mutex);
-      if (fault_told || calling || stopping || quit) return;
+      if (cause_told || calling || stopping || quit) return;
+      for (const auto& rank : ranks)
+        definite = definite || killed(*rank) || rank->state == "stuck";
+      if (fault_told && !definite) return;
       error = first_error();
       if (!error) return;
       fault_told = true;
-      for (const auto& rank : ranks)
-        definite = definite || killed(*rank) || rank->state == "stuck";
+      cause_told = definite;
     }
     send_abort(error->what());
     if (on_fault) on_fault(*error, definite);

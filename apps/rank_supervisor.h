@@ -28,9 +28,10 @@ struct RankStart {
 // its pidfd. One thread of its own, which also spawns them.
 class RankSupervisor {
  public:
-  // on_fault: once, from the supervisor's thread, when a rank ends or reports an error outside a
-  // call(). The other local ranks have been told to abort by then. `node` begins every error.
-  // definite: the process was killed, so that this is no echo of another rank's fault.
+  // on_fault: from the supervisor's thread, when a rank ends or reports an error outside a call().
+  // The other local ranks have been told to abort by then. `node` begins every error. definite: the
+  // process was killed or is stuck, so that this is no echo of another rank's fault. At most twice:
+  // an echo may come before its cause.
   using OnFault = std::function<void(const Error&, bool definite)>;
   // stuck_seconds: a rank without CPU time for so long is at fault; 0: never.
   RankSupervisor(std::string node, double stuck_seconds, OnFault on_fault);
