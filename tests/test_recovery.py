@@ -67,7 +67,7 @@ def wait_state(instance, state, seconds=20):
 @pytest.fixture(scope="module")
 def instance(tmp_path_factory, model):
     with Instance(tmp_path_factory.mktemp("recovery"), model, [2, 1]) as instance:
-        instance.start()
+        instance.start(MIES_SERVICE_MONITOR_MODE=1)
         yield instance
         instance.stop()
 
