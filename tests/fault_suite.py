@@ -536,7 +536,7 @@ class Suite:
         else:
             cluster.replace(node)
             cluster.nodes[node].wait_for({"joining": "joined master", "loading": "data plane listens",
-                                          "warming": "KV cache: "}[state], 60)
+                                          "warming": " blocks of "}[state], 60)
             time.sleep(choice.random() * 0.2)
         victim = cluster.nodes[node]
         if kind == "duplicate":
