@@ -43,6 +43,13 @@ double median(std::vector<double> v) {
   return v.empty() ? 0 : v[v.size() / 2];
 }
 
+// Of equal pieces of work.
+double harmonic_mean(const std::vector<double>& speeds) {
+  double time = 0;
+  for (const double speed : speeds) time += 1 / speed;
+  return time > 0 ? static_cast<double>(speeds.size()) / time : 0;
+}
+
 const ops::cpu::Kernels& kernels_of(ops::Isa isa) {
   const ops::cpu::Kernels* k = ops::cpu::kernels_of(isa);
   if (k == nullptr)
@@ -109,6 +116,9 @@ void Machine::measure() {
 
 double Machine::bytes_per_second() const { return median(bandwidths_); }
 double Machine::flops_per_second() const { return median(peaks_); }
+
+double Machine::steady_bytes_per_second() const { return harmonic_mean(bandwidths_); }
+double Machine::steady_flops_per_second() const { return harmonic_mean(peaks_); }
 
 Floor Machine::floor(const StepWork& work) const {
   const double memory = work.bytes / bytes_per_second();

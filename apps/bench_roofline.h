@@ -37,6 +37,9 @@ class Machine {
   void measure();
   [[nodiscard]] double bytes_per_second() const;
   [[nodiscard]] double flops_per_second() const;
+  // All that was read or computed by the time it took, gaps on a shared machine included.
+  [[nodiscard]] double steady_bytes_per_second() const;
+  [[nodiscard]] double steady_flops_per_second() const;
   [[nodiscard]] Floor floor(const StepWork& work) const;
 
  private:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "apps/doctor_report.h"
 
@@ -231,6 +232,23 @@ double median(std::vector<double> v) {
   return v[v.size() / 2];
 }
 
+// The others' medians of bandwidth and round trip; its own where there are no others.
+std::pair<double, double> usual_of(const LinkReport& link, const std::vector<LinkReport>& links) {
+  std::vector<double> speeds;
+  std::vector<double> trips;
+  for (const LinkReport& other : links) {
+    if (!other.measured() || &other == &link) continue;
+    speeds.push_back(other.bytes_per_s);
+    trips.push_back(other.rtt_us);
+  }
+  if (speeds.empty()) return {link.bytes_per_s, link.rtt_us};
+  return {median(speeds), median(trips)};
+}
+
+bool is_late(const LinkReport& link, double usual) {
+  return link.rtt_us > kMuchSlower * usual && link.rtt_us > kLateUs;
+}
+
 void Judge::compare_links() {
   const LinkReport* weakest = nullptr;
   for (const LinkReport& link : report_.links)
@@ -240,14 +258,7 @@ void Judge::compare_links() {
                                 weakest->rtt_us, weakest->bytes_per_s * 1e-6);
   for (const LinkReport& link : report_.links) {
     if (!link.measured()) continue;
-    std::vector<double> speeds;
-    std::vector<double> trips;
-    for (const LinkReport& other : report_.links) {
-      if (!other.measured() || &other == &link) continue;
-      speeds.push_back(other.bytes_per_s);
-      trips.push_back(other.rtt_us);
-    }
-    const double usual = speeds.empty() ? link.bytes_per_s : median(speeds);
+    const auto [usual, usual_trip] = usual_of(link, report_.links);
     if (link.bytes_per_s * kSlower < usual || link.bytes_per_s < kGigabit) {
       Problem finding{.what = "slow link",
                       .where = way(link),
@@ -260,16 +271,39 @@ void Judge::compare_links() {
       link.bytes_per_s * kMuchSlower < usual ? problem(std::move(finding))
                                              : warning(std::move(finding));
     }
-    if (!trips.empty() && link.rtt_us > kMuchSlower * median(trips) && link.rtt_us > kLateUs)
+    if (is_late(link, usual_trip))
       warning({.what = "late link",
                .where = way(link),
                .found = fmt::format("{:.0f} us round trip", link.rtt_us),
-               .expected = fmt::format("about {:.0f} us, the median of the other links", median(trips)),
+               .expected = fmt::format("about {:.0f} us, the median of the other links", usual_trip),
                .fix = "look for a detour (traceroute), a busy node, or power saving of the interface"});
   }
 }
 
 }  // namespace
+
+std::vector<size_t> doubtful_links(const std::vector<LinkReport>& links) {
+  std::vector<size_t> found;
+  for (size_t i = 0; i < links.size(); ++i) {
+    if (!links[i].measured()) continue;
+    const auto [speed, trip] = usual_of(links[i], links);
+    if (links[i].bytes_per_s * kSlower < speed || is_late(links[i], trip) ||
+        links[i].datagrams_lost > 0)
+      found.push_back(i);
+  }
+  return found;
+}
+
+void take_better(LinkReport& link, const LinkReport& again) {
+  if (!again.measured()) return;
+  link.rtt_us = std::min(link.rtt_us, again.rtt_us);
+  if (again.bytes_per_s > link.bytes_per_s) {
+    link.bytes_per_s = again.bytes_per_s;
+    link.retransmitted = again.retransmitted;
+  }
+  link.mtu_arrived = std::max(link.mtu_arrived, again.mtu_arrived);
+  link.datagrams_lost = std::min(link.datagrams_lost, again.datagrams_lost);
+}
 
 void judge(DoctorReport& report) { Judge(report).run(); }
 

@@ -83,8 +83,8 @@ MemorySpeed measure_memory(double seconds) {
   if (static_cast<size_t>(threads) == host.cpus.size()) cpus = host.cpus;
   Machine machine(threads, cpus, models::ModelInfo{});
   for (const Deadline end = Deadline::in_seconds(seconds); !end.passed();) machine.measure();
-  return {.read_bytes_per_s = machine.bytes_per_second(),
-          .flops_per_s = machine.flops_per_second(),
+  return {.read_bytes_per_s = machine.steady_bytes_per_second(),
+          .flops_per_s = machine.steady_flops_per_second(),
           .problem = ""};
 }
 

@@ -94,6 +94,11 @@ struct DoctorReport {
   std::vector<Speed> speeds;
 };
 
+// Of the measured links, those that a busy moment may have made look bad.
+[[nodiscard]] std::vector<size_t> doubtful_links(const std::vector<LinkReport>& links);
+// Of two measurements of a link, the better values.
+void take_better(LinkReport& link, const LinkReport& again);
+
 // Fills problems, warnings and weakest from nodes and links.
 void judge(DoctorReport& report);
 
