@@ -48,6 +48,12 @@ class Orders {
     return order;
   }
 
+  // The reason of an abort, "" before there is one.
+  [[nodiscard]] std::string aborted() const {
+    const std::lock_guard lock(mutex_);
+    return aborted_;
+  }
+
   // What an abort has to wake. Null before they are destroyed.
   void set_group(comm::Group* group, engine::StepChannelRank* channel) {
     const std::lock_guard lock(mutex_);
@@ -97,7 +103,7 @@ class Orders {
 
   MessageSocket& socket_;
   std::atomic<bool> done_{false};
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable ready_;
   std::deque<json> queue_;
   std::string aborted_;
@@ -116,7 +122,8 @@ class GroupLease {
   Orders& orders_;
 };
 
-std::unique_ptr<comm::Group> connect(const json& order, const RankSpec& spec) {
+std::unique_ptr<comm::Group> connect(const json& order, const RankSpec& spec,
+                                     const Orders& orders) {
   const std::vector<comm::Member> members = members_from_json(order.at("members"));
   if (members.size() == 1) return comm::single_group();
   std::shared_ptr<const net::TlsMaterial> tls;
@@ -133,7 +140,8 @@ std::unique_ptr<comm::Group> connect(const json& order, const RankSpec& spec) {
                            .generation = spec.generation,
                            .token = token_from_hex(order.at("token").get<std::string>()),
                            .tls = tls,
-                           .connect_seconds = order.at("connect_seconds").get<double>()},
+                           .connect_seconds = order.at("connect_seconds").get<double>(),
+                           .abandoned = [&orders] { return orders.aborted(); }},
                           is_open(kListenerFd) ? kListenerFd : -1,
                           is_open(kNodeMemoryFd) ? kNodeMemoryFd : -1);
 }
@@ -159,7 +167,7 @@ void follow(MessageSocket& socket) {
     const json order = orders.next();
     const std::string op = order.at("op").get<std::string>();
     if (op == "connect") {
-      group = connect(order, spec);
+      group = connect(order, spec, orders);
       if (rank == 0)
         channel = std::make_unique<engine::StepChannelRank>(kStepChannelFd, spec.limits(spec.max_blocks));
       orders.set_group(group.get(), channel.get());

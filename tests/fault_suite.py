@@ -129,6 +129,7 @@ class Cluster:
                   "--set", "BackendConfig.ModelDeployConfig.maxSeqLen=4096",
                   "--set", "BackendConfig.ModelDeployConfig.maxInputTokenLen=3072",
                   "--set", f"BackendConfig.interNodeTLSEnabled={str(tls).lower()}",
+                  "--set", "ServerConfig.httpsEnabled=false",   # clients speak plain HTTP
                   "-o", self.folder / "config.json")
 
     @staticmethod

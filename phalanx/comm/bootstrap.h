@@ -38,6 +38,8 @@ struct GroupOptions {
   std::shared_ptr<const net::TlsMaterial> tls;
   double connect_seconds = 120;    // forming the group
   double operation_seconds = 120;  // cap for one collective
+  // Asked at least every 100 ms while the group forms: why to give up, or "". Null: never.
+  std::function<std::string()> abandoned;
   int spin_us = 50;                // then futex or poll
 };
 

@@ -150,6 +150,20 @@ TEST(BootstrapTest, ARankOfAnotherGenerationIsToldAtOnce) {
   EXPECT_LT(outcomes[1].seconds, 1.0);
 }
 
+TEST(BootstrapTest, AnAbandonedGroupIsGivenUpWhileItForms) {
+  TestRanks ranks({0, 1});
+  GroupOptions options = ranks.options(0);  // the other one never comes
+  const auto begin = Clock::now();
+  options.abandoned = [&] {
+    return std::string(Clock::now() - begin > std::chrono::milliseconds(200) ? "node host-b is dead"
+                                                                             : "");
+  };
+  const std::string text =
+      message_of([&] { (void)form_group(options, ranks.listener(0), -1); }, Code::kAborted);
+  EXPECT_EQ(text, "node host-b is dead");
+  EXPECT_LT(Clock::now() - begin, std::chrono::seconds(5));
+}
+
 TEST(BootstrapTest, NobodyListeningIsNamedWithAddressAndErrno) {
   TestRanks ranks({0, 1});
   GroupOptions options = ranks.options(1);

@@ -70,6 +70,7 @@ HierarchicalGroup::HierarchicalGroup(const GroupOptions& options, int listener, 
     cap_seconds_ = std::chrono::duration<double>(deadline.when() - Clock::now()).count();
     self_test();
     cap_seconds_ = options.operation_seconds;
+    options_.abandoned = nullptr;
   } catch (const FaultError& error) {
     end(error.fault());
     throw;
@@ -412,6 +413,10 @@ void HierarchicalGroup::check(int awaited) {
   if (dead_.load(std::memory_order_acquire)) {
     const std::lock_guard lock(mutex_);
     throw FaultError(*fault_);
+  }
+  if (options_.abandoned) {  // only while the group forms
+    if (const std::string why = options_.abandoned(); !why.empty())
+      throw FaultError({Code::kAborted, topology_.rank, why});
   }
   if (memory_ != nullptr) {
     const auto victim = std::find_if(siblings_.begin(), siblings_.end(),
