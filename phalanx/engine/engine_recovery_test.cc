@@ -56,6 +56,8 @@ TEST(EngineRecovery, TokensAreThoseOfAnUndisturbedRun) {
     EXPECT_NE(last.finish, FinishReason::kError);
     EXPECT_EQ(sinks[i]->tokens(), expected_tokens(requests[i], options)) << i;
   }
+  const Deadline told = Deadline::in_seconds(20);  // counted after the last event
+  while (engine.stats().succeeded != requests.size() && !told.passed()) std::this_thread::yield();
   EXPECT_EQ(engine.stats().succeeded, requests.size());
 }
 
