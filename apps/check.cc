@@ -229,17 +229,6 @@ void check_model(const HostResources& host, bool with_text, CheckReport& report)
     report.facts.push_back("tokenizer and chat template can be read");
 }
 
-nlohmann::ordered_json findings_json(const Problems& findings) {
-  auto list = nlohmann::ordered_json::array();
-  for (const Problem& p : findings.list())
-    list.push_back({{"what", p.what},
-                    {"where", p.where},
-                    {"found", p.found},
-                    {"expected", p.expected},
-                    {"fix", p.fix}});
-  return list;
-}
-
 }  // namespace
 
 api::PlaneTls::Plane listener_tls(const PlaneListener& listener, const ServerConfig& server) {
@@ -278,6 +267,17 @@ std::string findings_table(const Problems& findings) {
     if (!p.fix.empty()) text += fmt::format("{}mend:  {}\n", indent, p.fix);
   }
   return text;
+}
+
+nlohmann::ordered_json findings_json(const Problems& findings) {
+  auto list = nlohmann::ordered_json::array();
+  for (const Problem& p : findings.list())
+    list.push_back({{"what", p.what},
+                    {"where", p.where},
+                    {"found", p.found},
+                    {"expected", p.expected},
+                    {"fix", p.fix}});
+  return list;
 }
 
 std::string to_json(const CheckReport& report) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -38,8 +39,9 @@ struct CheckOptions {
 
 // Findings as a table: where, rule, found, and what mends it.
 [[nodiscard]] std::string findings_table(const Problems& findings);
-// {"ok": false, "problems": [{"what", "where", "found", "expected", "fix"}], "warnings": [...],
-//  "facts": [...]}
+// [{"what", "where", "found", "expected", "fix"}]
+[[nodiscard]] nlohmann::ordered_json findings_json(const Problems& findings);
+// {"ok": false, "problems": findings_json, "warnings": findings_json, "facts": [...]}
 [[nodiscard]] std::string to_json(const CheckReport& report);
 
 // `phalanx check`: exit status 0, or 1 if a start would be refused.

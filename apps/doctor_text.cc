@@ -62,17 +62,6 @@ std::string table_text(const DoctorReport& report, const std::string& title, Cel
   return text;
 }
 
-json findings(const Problems& problems) {
-  json list = json::array();
-  for (const Problem& p : problems.list())
-    list.push_back({{"what", p.what},
-                    {"where", p.where},
-                    {"found", p.found},
-                    {"expected", p.expected},
-                    {"fix", p.fix}});
-  return list;
-}
-
 }  // namespace
 
 std::string doctor_text(const DoctorReport& report) {
@@ -143,8 +132,8 @@ std::string doctor_json(const DoctorReport& report) {
                       {"fixed_s", s.fixed_s}});
   const json all = {{"ok", report.problems.empty()},      {"nodes", nodes},
                     {"links", links},                     {"weakest", report.weakest},
-                    {"prediction", speeds},               {"problems", findings(report.problems)},
-                    {"warnings", findings(report.warnings)}};
+                    {"prediction", speeds},               {"problems", findings_json(report.problems)},
+                    {"warnings", findings_json(report.warnings)}};
   return all.dump(2, ' ', false, json::error_handler_t::replace);
 }
 

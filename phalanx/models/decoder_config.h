@@ -52,6 +52,10 @@ void read_dense_before(const ConfigReader& reader, DecoderConfig& config);
 void read_sparse_steps(const ConfigReader& reader, DecoderConfig& config);
 // n_group and topk_group.
 void read_expert_groups(const ConfigReader& reader, DecoderConfig& config);
+// The shared expert is as wide as n_shared_experts routed ones.
+void read_shared_experts(const ConfigReader& reader, DecoderConfig& config);
+// All keys of experts chosen by sigmoid scores with a correction, groups by their best two (DeepSeek V3).
+void read_corrected_experts(const ConfigReader& reader, DecoderConfig& config);
 // MLA: the ranks and head widths, and the scale of the scores with yarn's mscale_all_dim.
 void read_latent(const ConfigReader& reader, DecoderConfig& config);
 

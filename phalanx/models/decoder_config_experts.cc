@@ -69,6 +69,25 @@ void read_expert_groups(const ConfigReader& reader, DecoderConfig& config) {
   rule.groups = rule.open_groups = 1;
 }
 
+void read_shared_experts(const ConfigReader& reader, DecoderConfig& config) {
+  Experts& experts = config.info.experts;
+  experts.shared_intermediate_size =
+      experts.intermediate_size * reader.integer("n_shared_experts", 1, kMaxWidth, 0);
+}
+
+void read_corrected_experts(const ConfigReader& reader, DecoderConfig& config) {
+  read_experts(reader, config, "n_routed_experts", "num_experts_per_tok");
+  read_dense_before(reader, config);
+  read_expert_groups(reader, config);
+  read_shared_experts(reader, config);
+  config.info.experts.correction_bias = true;
+  config.routing.score = ops::RoutingRule::Score::kSigmoid;
+  config.routing.group_score = ops::RoutingRule::GroupScore::kBestTwo;
+  config.routing.normalise = reader.boolean("norm_topk_prob", true);
+  config.routing.scale =
+      static_cast<float>(reader.number("routed_scaling_factor", 0.0, 1e6, 1.0));
+}
+
 void read_latent(const ConfigReader& reader, DecoderConfig& config) {
   ModelInfo& info = config.info;
   LatentAttention& latent = info.latent;

@@ -10,12 +10,11 @@ DecoderConfig read_deepseek(const ConfigReader& config) {
   result.info.output_bias = bias;
   read_experts(config, result, "n_routed_experts", "num_experts_per_tok");
   read_dense_before(config, result);
-  Experts& experts = result.info.experts;
-  experts.shared_intermediate_size =
-      experts.intermediate_size * config.integer("n_shared_experts", 1, kMaxWidth, 0);
+  read_shared_experts(config, result);
   if (config.text("scoring_func", "softmax") != "softmax")
     config.refuse("scoring_func", "unsupported scores", "softmax");
-  result.routing.normalise = config.boolean("norm_topk_prob", false) && experts.per_token > 1;
+  result.routing.normalise =
+      config.boolean("norm_topk_prob", false) && result.info.experts.per_token > 1;
   return result;
 }
 

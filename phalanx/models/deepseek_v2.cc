@@ -13,9 +13,7 @@ DecoderConfig read_deepseek_v2(const ConfigReader& config) {
   result.rotary.interleaved = true;
   read_experts(config, result, "n_routed_experts", "num_experts_per_tok");
   read_dense_before(config, result);
-  Experts& experts = result.info.experts;
-  experts.shared_intermediate_size =
-      experts.intermediate_size * config.integer("n_shared_experts", 1, kMaxWidth, 0);
+  read_shared_experts(config, result);
   if (method == "group_limited_greedy")
     read_expert_groups(config, result);
   else if (method != "greedy")
@@ -23,7 +21,8 @@ DecoderConfig read_deepseek_v2(const ConfigReader& config) {
                   "greedy, group_limited_greedy or noaux_tc");
   if (config.text("scoring_func", "softmax") != "softmax")
     config.refuse("scoring_func", "unsupported scores", "softmax");
-  result.routing.normalise = config.boolean("norm_topk_prob", false) && experts.per_token > 1;
+  result.routing.normalise =
+      config.boolean("norm_topk_prob", false) && result.info.experts.per_token > 1;
   const double scale = config.number("routed_scaling_factor", 0.0, 1e6, 1.0);
   result.routing.scale = result.routing.normalise ? 1.0F : static_cast<float>(scale);
   return result;

@@ -21,9 +21,10 @@ import os
 import shutil
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import MistralConfig, MistralForCausalLM
+
+import families
 
 SMALL = dict(vocab_size=170, hidden_size=54, intermediate_size=70, num_hidden_layers=2,
              num_attention_heads=6, num_key_value_heads=3, head_dim=10,
@@ -79,18 +80,7 @@ def store(model, config, dtype, directory, options):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         state[name] = tensor.detach().to(dtype).contiguous().clone()
-    shards = options.get("shards", 1)
-    if shards == 1:
-        save_file(state, os.path.join(directory, "model.safetensors"))
-    else:
-        weight_map = {}
-        for i in range(shards):
-            file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-            part = {n: t for j, (n, t) in enumerate(sorted(state.items())) if j % shards == i}
-            save_file(part, os.path.join(directory, file))
-            weight_map.update({n: file for n in part})
-        with open(os.path.join(directory, "model.safetensors.index.json"), "w") as f:
-            json.dump({"metadata": {}, "weight_map": weight_map}, f, indent=1)
+    families.store(state, options, directory)
     text = json.loads(config.to_json_string(use_diff=True))
     text["dtype"] = str(dtype).split(".")[-1]
     text.pop("transformers_version", None)
@@ -173,7 +163,6 @@ def real(checkpoint, out):
 
 
 if __name__ == "__main__":
-    import families
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
