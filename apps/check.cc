@@ -243,6 +243,8 @@ CheckReport check_start(const ServeArguments& arguments, const Environment& envi
   CheckReport report;
   report.config = examine_node_config(arguments, environment, report.problems, report.warnings);
   const NodeConfig& config = report.config;
+  // Without settings there is nothing to hold the rest against.
+  if (config.model.weight_path.empty() && !report.problems.empty()) return report;
   if (!config.config_path.empty())
     report.facts.push_back(fmt::format("configuration {}", config.config_path));
   check_installation(config.home, report.problems, report.warnings);

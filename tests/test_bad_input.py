@@ -101,12 +101,13 @@ def test_missing_and_mistyped_keys_are_reported_together(instance):
 
 def test_malformed_json_is_named_with_its_place(instance):
     instance.config_file.write_text('{"ServerConfig": {,}}')
-    refused(instance.environment(0), str(instance.config_file), "not valid JSON", "line 1, column")
+    refused(instance.environment(0), "(1 problem)", str(instance.config_file), "not valid JSON",
+            "line 1, column")
 
 
 def test_absent_file(instance):
     environment = instance.environment(0, MIES_CONFIG_JSON_PATH="/no/such/config.json")
-    refused(environment, "/no/such/config.json", "MIES_CONFIG_JSON_PATH")
+    refused(environment, "(1 problem)", "/no/such/config.json", "MIES_CONFIG_JSON_PATH")
 
 
 def test_open_mode(instance):
