@@ -34,6 +34,7 @@ struct Options {
   std::string dtype = "bf16";
   int rounds = 5;
   int64_t megabytes = 512;
+  std::vector<int64_t> tokens;  // of gemm; empty: 1 to 2048
   bool cpu_time = false;     // of the calling thread: for one thread on a busy machine
 };
 
@@ -70,6 +71,9 @@ Options parse(int argc, char** argv, const std::string& what) {
       ->check(CLI::IsMember({"bf16", "f16", "f32", "i8"}));
   app.add_option("--rounds", o.rounds, "interleaved rounds; medians are printed")
       ->check(CLI::Range(1, 1000));
+  app.add_option("--tokens", o.tokens, "gemm: tokens at once (default: 1 to 2048)")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 2048));
   app.add_option("--megabytes", o.megabytes, "memory to read, far beyond the caches")
       ->check(CLI::Range(16, 1 << 20));
   app.add_flag("--cpu-time", o.cpu_time,
@@ -358,7 +362,8 @@ int bench_gemm(int argc, char** argv) {
                         .max_head_dim = 64,
                         .max_context = 4096},
                        pool);
-      for (const int64_t tokens : {1, 2, 4, 8, 16, 32, 64, 512, 2048}) {
+      const std::vector<int64_t> all{1, 2, 4, 8, 16, 32, 64, 512, 2048};
+      for (const int64_t tokens : o.tokens.empty() ? all : o.tokens) {
         const Activations a(tokens, act);
         const int64_t passes = tokens > 64 ? 1 : layers;
         std::vector<double> bw, peak, time, of_bw, of_peak, of_roof;

@@ -6,7 +6,7 @@ __attribute__((noinline)) void run_tile(const Int8Product& a, int64_t row, int64
   __m512i acc[kRows][kPanels];
 #pragma GCC unroll 6
   for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p)
       acc[m][p] = a.accumulate ? _mm512_loadu_si512(a.c + (row + m) * a.c_stride + 16 * (panel + p))
                                : _mm512_set1_epi32(-128 * a.x_sum[row + m]);
@@ -17,14 +17,14 @@ __attribute__((noinline)) void run_tile(const Int8Product& a, int64_t row, int64
   int64_t steps = a.k / 4;
   const auto step = [&] {
     __m512i v[kPanels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) v[p] = _mm512_loadu_si512(w + p * a.panel_stride);
 #pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
       int32_t four = 0;
       __builtin_memcpy(&four, x + m * a.x_stride, 4);
       const __m512i value = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p) acc[m][p] = _mm512_dpbusd_epi32(acc[m][p], v[p], value);
     }
     w += 64;
@@ -33,16 +33,16 @@ __attribute__((noinline)) void run_tile(const Int8Product& a, int64_t row, int64
   if constexpr (kStream) {
     const int64_t near = steps > kAheadBytes / 64 ? steps - kAheadBytes / 64 : 0;
     for (int64_t s = 0; s < near; ++s) {
-#pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead + p * a.panel_stride, 0, 3);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead + p * a.panel_stride, 0, 2);
       ahead += 64;
       step();
     }
     steps -= near;
     if (next != nullptr) {
       for (int64_t s = 0; s < steps; ++s) {
-#pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(next + p * a.panel_stride, 0, 3);
+#pragma GCC unroll 8
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(next + p * a.panel_stride, 0, 2);
         next += 64;
         step();
       }
@@ -52,7 +52,7 @@ __attribute__((noinline)) void run_tile(const Int8Product& a, int64_t row, int64
   for (int64_t s = 0; s < steps; ++s) step();
 #pragma GCC unroll 6
   for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p)
       _mm512_storeu_si512(a.c + (row + m) * a.c_stride + 16 * (panel + p), acc[m][p]);
 }
@@ -60,12 +60,16 @@ __attribute__((noinline)) void run_tile(const Int8Product& a, int64_t row, int64
 template <int kRows>
 void run_rows(const Int8Product& a, int64_t row, bool stream) {
   int64_t p = 0;
-  for (; p + 4 <= a.panels; p += 4) {
-    if (stream)
-      run_tile<kRows, 4, true>(a, row, p);
-    else
-      run_tile<kRows, 4, false>(a, row, p);
+  if (stream) {
+    if constexpr (kRows <= 2) {
+      for (; p + 8 <= a.panels; p += 8) run_tile<kRows, 8, true>(a, row, p);
+    }
+    for (; p + 4 <= a.panels; p += 4) run_tile<kRows, 4, true>(a, row, p);
+    for (; p + 2 <= a.panels; p += 2) run_tile<kRows, 2, true>(a, row, p);
+    for (; p < a.panels; ++p) run_tile<kRows, 1, true>(a, row, p);
+    return;
   }
+  for (; p + 4 <= a.panels; p += 4) run_tile<kRows, 4, false>(a, row, p);
   for (; p + 2 <= a.panels; p += 2) run_tile<kRows, 2, false>(a, row, p);
   for (; p < a.panels; ++p) run_tile<kRows, 1, false>(a, row, p);
 }

@@ -48,10 +48,18 @@ struct Table4 {
     values = _mm512_load_si512(twice);
   }
   // Codes in the lowest bits of each word; the index takes five, its fifth chooses a copy.
-  template <int kNibble>
-  inline __attribute__((always_inline)) __m512i decode(__m512i codes) const {
-    return _mm512_permutexvar_epi16(
-        kNibble == 0 ? codes : _mm512_srli_epi16(codes, 4 * kNibble), values);
+  [[nodiscard]] inline __attribute__((always_inline)) __m512i decode(__m512i codes) const {
+    return _mm512_permutexvar_epi16(codes, values);
+  }
+  // Four vectors of pairs of 64 bytes of codes. The second byte of a word is loaded, not shifted,
+  // into its place; the byte after the 64 is read too (parameters follow).
+  inline __attribute__((always_inline)) void decode(const std::byte* codes, __m512i (&v)[4]) const {
+    const __m512i low = _mm512_loadu_si512(codes);
+    const __m512i high = _mm512_loadu_si512(codes + 1);
+    v[0] = decode(low);
+    v[1] = decode(_mm512_srli_epi16(low, 4));
+    v[2] = decode(high);
+    v[3] = decode(_mm512_srli_epi16(high, 4));
   }
 };
 
@@ -72,47 +80,36 @@ struct Tile {
 #pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p) acc[m][p] = _mm512_setzero_ps();
   }
-  inline __attribute__((always_inline)) void product(const __m512i (&v)[kPanels],
-                                                     const uint16_t* x, int64_t x_stride) {
+  // A pair of panel p.
+  inline __attribute__((always_inline)) void product(int p, __m512i v, const uint16_t* x,
+                                                     int64_t x_stride) {
 #pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) {
-      const __m512bh value = pair_of(x + m * x_stride);
-#pragma GCC unroll 8
-      for (int p = 0; p < kPanels; ++p)
-        acc[m][p] = _mm512_dpbf16_ps(acc[m][p], (__m512bh)v[p], value);
-    }
+    for (int m = 0; m < kRows; ++m)
+      acc[m][p] = _mm512_dpbf16_ps(acc[m][p], (__m512bh)v, pair_of(x + m * x_stride));
   }
   // 64 bytes of codes of each panel.
   inline __attribute__((always_inline)) void step(const Table8& table, const std::byte* w,
                                                   int64_t stride, const uint16_t* x,
                                                   int64_t x_stride) {
-    __m512i first[kPanels];
-    __m512i second[kPanels];
 #pragma GCC unroll 8
-    for (int p = 0; p < kPanels; ++p)
-      table.decode(_mm512_loadu_si512(w + p * stride), first[p], second[p]);
-    product(first, x, x_stride);
-    product(second, x + 2, x_stride);
-  }
-  template <int kNibble>
-  inline __attribute__((always_inline)) void nibble(const Table4& table,
-                                                    const __m512i (&codes)[kPanels],
-                                                    const uint16_t* x, int64_t x_stride) {
-    __m512i v[kPanels];
-#pragma GCC unroll 8
-    for (int p = 0; p < kPanels; ++p) v[p] = table.decode<kNibble>(codes[p]);
-    product(v, x + 2 * kNibble, x_stride);
+    for (int p = 0; p < kPanels; ++p) {
+      __m512i first;
+      __m512i second;
+      table.decode(_mm512_loadu_si512(w + p * stride), first, second);
+      product(p, first, x, x_stride);
+      product(p, second, x + 2, x_stride);
+    }
   }
   inline __attribute__((always_inline)) void step(const Table4& table, const std::byte* w,
                                                   int64_t stride, const uint16_t* x,
                                                   int64_t x_stride) {
-    __m512i codes[kPanels];
 #pragma GCC unroll 8
-    for (int p = 0; p < kPanels; ++p) codes[p] = _mm512_loadu_si512(w + p * stride);
-    nibble<0>(table, codes, x, x_stride);
-    nibble<1>(table, codes, x, x_stride);
-    nibble<2>(table, codes, x, x_stride);
-    nibble<3>(table, codes, x, x_stride);
+    for (int p = 0; p < kPanels; ++p) {
+      __m512i v[4];
+      table.decode(w + p * stride, v);
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) product(p, v[n], x + 2 * n, x_stride);
+    }
   }
 };
 
@@ -134,7 +131,7 @@ __attribute__((noinline)) void stream_tile(const CodesProduct& a, const Table& t
   const std::byte* ahead = stride > kAheadBytes ? w + kAheadBytes : a.next + panel * stride;
   const auto prefetch = [&](int64_t bytes) {
 #pragma GCC unroll 8
-    for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead + p * stride, 0, 3);
+    for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead + p * stride, 0, 2);
     ahead += bytes;
     if (ahead == end) ahead = a.next + panel * stride;
   };
@@ -175,6 +172,9 @@ __attribute__((noinline)) void stream_tile(const CodesProduct& a, const Table& t
 template <int kRows, typename Table>
 void stream_rows(const CodesProduct& a, const Table& table) {
   int64_t p = 0;
+  if constexpr (kRows <= 2) {
+    for (; p + 8 <= a.panels; p += 8) stream_tile<kRows, 8>(a, table, p);
+  }
   for (; p + 4 <= a.panels; p += 4) stream_tile<kRows, 4>(a, table, p);
   for (; p + 2 <= a.panels; p += 2) stream_tile<kRows, 2>(a, table, p);
   for (; p < a.panels; ++p) stream_tile<kRows, 1>(a, table, p);
@@ -203,11 +203,12 @@ void expand_pairs(Codes codes, const std::byte* in, int64_t k, std::byte* out) {
   if (codes == Codes::k4) {
     const Table4 table(values);
     for (int64_t i = 0; i < k; i += 8, in += 64) {
-      const __m512i v = _mm512_loadu_si512(in);
-      _mm512_storeu_si512(out, table.decode<0>(v));
-      if (i + 2 < k) _mm512_storeu_si512(out + 64, table.decode<1>(v));
-      if (i + 4 < k) _mm512_storeu_si512(out + 128, table.decode<2>(v));
-      if (i + 6 < k) _mm512_storeu_si512(out + 192, table.decode<3>(v));
+      __m512i v[4];
+      table.decode(in, v);
+      _mm512_storeu_si512(out, v[0]);
+      if (i + 2 < k) _mm512_storeu_si512(out + 64, v[1]);
+      if (i + 4 < k) _mm512_storeu_si512(out + 128, v[2]);
+      if (i + 6 < k) _mm512_storeu_si512(out + 192, v[3]);
       out += 256;
     }
     return;

@@ -24,7 +24,7 @@ struct Int8Product {
   const int32_t* x_sum = nullptr;  // [rows], of all of k
   const std::byte* w = nullptr;
   int64_t panel_stride = 0;  // bytes
-  int64_t panels = 0;        // 1 ... kGroupPanels
+  int64_t panels = 0;        // as in Product
   int64_t k = 0;             // a multiple of 4
   int32_t* c = nullptr;      // 64-byte aligned rows
   int64_t c_stride = 0;
@@ -42,7 +42,7 @@ struct CodesProduct {
   int64_t x_sums_stride = 0;
   const std::byte* w = nullptr;
   int64_t panel_stride = 0;
-  int64_t panels = 0;           // 1 ... kGroupPanels
+  int64_t panels = 0;           // as in Product
   int64_t k = 0;
   int64_t group = 0;
   float* c = nullptr;

@@ -11,6 +11,9 @@ namespace phalanx::ops::cpu {
 
 // Panels that the kernels take at once: the unit of work of the drivers.
 inline constexpr int64_t kGroupPanels = 4;
+// For that few token rows, which wait for memory, they take more: more streams from it at once.
+inline constexpr int64_t kWidePanels = 8;
+inline constexpr int64_t kWideRows = 2;
 // Token rows of the register tile.
 inline constexpr int64_t kTileRows = 6;
 
@@ -21,7 +24,7 @@ struct Product {
   int64_t rows = 0;
   const std::byte* w = nullptr;  // first panel at the first k
   int64_t panel_stride = 0;      // bytes
-  int64_t panels = 0;            // 1 ... kGroupPanels
+  int64_t panels = 0;            // 1 ... kGroupPanels, or kWidePanels where rows <= kWideRows
   int64_t k = 0;
   float* c = nullptr;  // 64-byte aligned rows
   int64_t c_stride = 0;

@@ -10,7 +10,8 @@
 //   NaN: 0), magnitude(v)
 //   keep_alive(v)  the compiler must not look through v
 //   kPeakChains    independent chains that fill the units and fit the registers
-//   kTilePanels(rows)  panels of a register tile with `rows` rows
+//   kTilePanels(rows)  panels of a register tile with `rows` rows; kStreamPanels(rows)  where all rows
+//   pass by in one tile
 // Loads of n elements give zeros beyond.
 
 using phalanx::ops::cpu::kGroupPanels;
@@ -53,7 +54,7 @@ struct Tile {
 #pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
       const V value = set1(x[m * stride]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p) acc[m][p] = fma(w[p], value, acc[m][p]);
     }
   }
@@ -61,7 +62,7 @@ struct Tile {
   inline __attribute__((always_inline)) void step(WeightsF32, const std::byte* w, int64_t stride,
                                                   const float* x, int64_t x_stride) {
     V v[kPanels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p)
       v[p] = load(reinterpret_cast<const float*>(w + p * stride));
     fma_all(v, x, x_stride);
@@ -71,7 +72,7 @@ struct Tile {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       V v[kPanels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p) v[p] = load_f16(w + p * stride + h * 32);
       fma_all(v, x + h, x_stride);
     }
@@ -79,20 +80,20 @@ struct Tile {
   inline __attribute__((always_inline)) void step(WeightsBf16, const std::byte* w, int64_t stride,
                                                   const float* x, int64_t x_stride) {
     V v[kPanels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) v[p] = even_bf16(w + p * stride);
     fma_all(v, x, x_stride);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) v[p] = odd_bf16(w + p * stride);
     fma_all(v, x + 1, x_stride);
   }
   inline __attribute__((always_inline)) void step(WeightsI8, const std::byte* w, int64_t stride,
                                                   const float* x, int64_t x_stride) {
     V v[kPanels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) v[p] = even_i8(w + p * stride);
     fma_all(v, x, x_stride);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) v[p] = odd_i8(w + p * stride);
     fma_all(v, x + 1, x_stride);
   }
@@ -107,7 +108,7 @@ struct Tile {
       for (int m = 0; m < kRows; ++m) {
         if (j + h < begin[m] || j + h >= end[m]) continue;
         const V value = set1(x[m * x_stride + h]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int p = 0; p < kPanels; ++p) {
           V v;
           if constexpr (__is_same(W, WeightsF32))
@@ -126,7 +127,7 @@ struct Tile {
   inline __attribute__((always_inline)) void last(W, const std::byte* w, int64_t stride,
                                                   const float* x, int64_t x_stride) {
     V v[kPanels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) {
       if constexpr (__is_same(W, WeightsF16))
         v[p] = load_f16(w + p * stride);
@@ -143,14 +144,14 @@ struct Tile {
                                                   const uint16_t* x, int64_t x_stride,
                                                   bool second) {
     __m512bh v[kPanels];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) v[p] = W::load(w + p * stride);
 #pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
       uint32_t two = 0;
       __builtin_memcpy(&two, x + m * x_stride, second ? 4 : 2);
       const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(two));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p)
         acc[m][p].v = _mm512_dpbf16_ps(acc[m][p].v, v[p], value);
     }
@@ -169,7 +170,7 @@ struct Tile {
       __builtin_memcpy(&two, x + m * x_stride, 4);
       const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(two & mask));
       const __m512i seen = _mm512_set1_epi32(static_cast<int>(mask));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p)
         acc[m][p].v = _mm512_dpbf16_ps(
             acc[m][p].v,
@@ -202,7 +203,9 @@ struct Tile {
 // How a tile asks for memory ahead of its use.
 enum class Ahead {
   kNone,
-  kStream,  // each panel 4 KiB ahead of itself, at its end the panels of `next`
+  // Each panel 4 KiB ahead of itself, at its end the panels of `next`. Into L2: what L1 may ask for at
+  // a time is less than the way to memory takes.
+  kStream,
   kNextOne, // one panel of `next` per pass
   kNextTwo, // two panels of `next` per pass
 };
@@ -215,7 +218,7 @@ __attribute__((noinline)) void run_tile(const typename W::X* x, int64_t x_stride
   Tile<kRows, kPanels> t;
 #pragma GCC unroll 6
   for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p)
       t.acc[m][p] = accumulate ? load(c + m * c_stride + 16 * p) : zero();
 
@@ -223,9 +226,9 @@ __attribute__((noinline)) void run_tile(const typename W::X* x, int64_t x_stride
   if constexpr (kAhead == Ahead::kStream) {
     const int64_t near = steps > kAheadBytes / W::kBytes ? steps - kAheadBytes / W::kBytes : 0;
     for (int64_t s = 0; s < near; ++s) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int p = 0; p < kPanels; ++p)
-        __builtin_prefetch(w + p * stride + kAheadBytes, 0, 3);
+        __builtin_prefetch(w + p * stride + kAheadBytes, 0, 2);
       t.step(W{}, w, stride, x, x_stride);
       w += W::kBytes;
       x += W::kStep;
@@ -234,8 +237,8 @@ __attribute__((noinline)) void run_tile(const typename W::X* x, int64_t x_stride
   }
   for (int64_t s = 0; s < steps; ++s) {
     if constexpr (kAhead == Ahead::kStream) {
-#pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(next + p * stride, 0, 3);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(next + p * stride, 0, 2);
       next += W::kBytes;
     }
     if constexpr (kAhead == Ahead::kNextOne || kAhead == Ahead::kNextTwo) {
@@ -253,7 +256,7 @@ __attribute__((noinline)) void run_tile(const typename W::X* x, int64_t x_stride
 
 #pragma GCC unroll 6
   for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p) store(c + m * c_stride + 16 * p, t.acc[m][p]);
 }
 
@@ -270,9 +273,20 @@ void run_rows(const Product& a, int64_t row, int64_t pass, int64_t passes) {
          a.accumulate, next);
   };
   if (a.next != nullptr && passes == 1) {
-    for (; p + kWide <= a.panels; p += kWide)
-      call(run_tile<kRows, kWide, Ahead::kStream, W>, a.next + p * a.panel_stride);
-  } else if (a.next != nullptr && kWide == kGroupPanels && a.panels == kGroupPanels) {
+    constexpr int kStream = kStreamPanels(kRows);
+    const auto stream = [&](auto tile) { call(tile, a.next + p * a.panel_stride); };
+    for (; p + kStream <= a.panels; p += kStream)
+      stream(run_tile<kRows, kStream, Ahead::kStream, W>);
+    if constexpr (kStream > 4) {
+      for (; p + 4 <= a.panels; p += 4) stream(run_tile<kRows, 4, Ahead::kStream, W>);
+    }
+    if constexpr (kStream > 2) {
+      for (; p + 2 <= a.panels; p += 2) stream(run_tile<kRows, 2, Ahead::kStream, W>);
+    }
+    for (; p < a.panels; ++p) stream(run_tile<kRows, 1, Ahead::kStream, W>);
+    return;
+  }
+  if (a.next != nullptr && kWide == kGroupPanels && a.panels == kGroupPanels) {
     if (passes >= kGroupPanels) {
       if (pass < kGroupPanels) {
         call(run_tile<kRows, kWide, Ahead::kNextOne, W>, a.next + pass * a.panel_stride);
@@ -502,15 +516,14 @@ int64_t peak(int64_t steps, bool pairs) {
   return steps * kChains * 32;
 }
 
-// Four streams, as a decode step reads four panels.
+// One stream: no way of reading that was tried is faster.
 float read(const float* memory, int64_t bytes) {
-  const int64_t quarter = bytes / 16;  // floats
   V acc[4] = {zero(), zero(), zero(), zero()};
-  for (int64_t i = 0; i < quarter; i += 16) {
+  for (int64_t i = 0; i < bytes / 4; i += 64) {
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      const float* p = memory + k * quarter + i;
-      __builtin_prefetch(p + kAheadBytes / 4, 0, 3);
+      const float* p = memory + i + 16 * k;
+      __builtin_prefetch(p + kAheadBytes / 4, 0, 2);
       acc[k] = add(acc[k], load(p));
     }
   }

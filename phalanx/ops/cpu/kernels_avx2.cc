@@ -12,6 +12,7 @@ struct V {
 
 constexpr int kPeakChains = 6;
 constexpr int kTilePanels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int kStreamPanels(int rows) { return kTilePanels(rows); }
 
 inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline V set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

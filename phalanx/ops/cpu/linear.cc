@@ -11,7 +11,6 @@ namespace {
 
 using tensor::Range;
 constexpr int64_t kPanel = tensor::kPanelRows;
-constexpr int64_t kSumStride = kGroupPanels * kPanel;
 
 // How a product is cut: items of `unit` panels by `block` tokens, all tokens of a unit in a row.
 struct Plan {
@@ -32,11 +31,13 @@ struct Plan {
 };
 
 Plan make_plan(int64_t panels, int64_t tokens, int64_t threads) {
-  Plan plan{.panels = panels, .unit = kGroupPanels, .tokens = tokens};
+  Plan plan{.panels = panels,
+            .unit = tokens <= kWideRows ? kWidePanels : kGroupPanels,
+            .tokens = tokens};
   plan.blocks = (tokens + kTokenBlock - 1) / kTokenBlock;
   if (threads > 1) {
     while (plan.items() < 8 * threads && tokens / plan.blocks >= 8 * kTileRows) ++plan.blocks;
-    if (plan.items() < 8 * threads) plan.unit = 2;
+    while (plan.items() < 8 * threads && plan.unit > 2) plan.unit /= 2;
   }
   return plan;
 }
@@ -48,7 +49,7 @@ int64_t k_block(int64_t tokens, const PackedLinear& w, bool pairs, bool widens) 
   return widens ? kWidenK : pairs ? 2048 : 1024;
 }
 
-// finish(sums, panels, tokens): the epilogue of one item.
+// finish(sums, stride of their rows, panels, tokens): the epilogue of one item.
 template <typename Finish>
 void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish finish) {
   Context::Scratch& scratch = ctx.scratch();
@@ -82,6 +83,7 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
   const auto widen = w.dtype == DType::kBF16 ? kernels.widen_bf16 : kernels.widen_f16;
   const int64_t step = k_block(x.rows, w, pairs, widens);
   const int64_t count = plan.items();
+  const int64_t sum_stride = std::max(plan.unit, kGroupPanels) * kPanel;
   auto weights_of = [&](int64_t item) { return w.data + plan.panels_of_item(item).begin * panel; };
 
   auto run_item = [&](const ThreadScratch& t, int64_t item, const std::byte* next) {
@@ -104,7 +106,7 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
                               .panels = panels.size(),
                               .k = count,
                               .c = sums,
-                              .c_stride = kSumStride,
+                              .c_stride = sum_stride,
                               .accumulate = k > 0});
         continue;
       }
@@ -116,11 +118,11 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
             .panels = panels.size(),
             .k = std::min(step, w.k - k),
             .c = sums,
-            .c_stride = kSumStride,
+            .c_stride = sum_stride,
             .accumulate = k > 0,
             .next = last ? next : weights + (k + step) * bytes_per_k});
     }
-    finish(sums, panels, tokens);
+    finish(sums, sum_stride, panels, tokens);
   };
 
   scratch.next_item.store(0, std::memory_order_relaxed);
@@ -147,10 +149,10 @@ void linear(Context& ctx, const MatrixView& x, const PackedLinear& w, const floa
   const Kernels& kernels = *ctx.scratch().kernels;
   const bool bf16 = out.dtype == DType::kBF16;
   const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(out.dtype));
-  multiply(ctx, x, w, [&](const float* sums, Range panels, Range tokens) {
+  multiply(ctx, x, w, [&](const float* sums, int64_t stride, Range panels, Range tokens) {
     const int64_t n = panels.begin * kPanel;
     const int64_t cols = std::min(panels.end * kPanel, w.rows) - n;
-    kernels.finish(sums, kSumStride, tokens.size(), cols, bias != nullptr ? bias + n : nullptr,
+    kernels.finish(sums, stride, tokens.size(), cols, bias != nullptr ? bias + n : nullptr,
                    out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes, out.stride,
                    bf16);
   });
@@ -161,11 +163,11 @@ void gated_linear(Context& ctx, const MatrixView& x, const PackedGated& w, const
   const Kernels& kernels = *ctx.scratch().kernels;
   const bool bf16 = out.dtype == DType::kBF16;
   const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(out.dtype));
-  multiply(ctx, x, w.panels, [&](const float* sums, Range panels, Range tokens) {
+  multiply(ctx, x, w.panels, [&](const float* sums, int64_t stride, Range panels, Range tokens) {
     const int64_t n = panels.begin / 2 * kPanel;
     const int64_t cols = std::min(panels.end / 2 * kPanel, w.rows) - n;
     kernels.finish_gated(
-        sums, kSumStride, tokens.size(), cols, gate_bias != nullptr ? gate_bias + n : nullptr,
+        sums, stride, tokens.size(), cols, gate_bias != nullptr ? gate_bias + n : nullptr,
         up_bias != nullptr ? up_bias + n : nullptr,
         out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes, out.stride, bf16);
   });

@@ -5,6 +5,7 @@
 #include "phalanx/ops/cpu/cpu.h"
 #include "phalanx/ops/cpu/integer_kernels.h"
 #include "phalanx/ops/cpu/kernels.h"
+#include "phalanx/ops/cpu/runs.h"
 #include "phalanx/ops/packing.h"
 #include "phalanx/ops/quantised.h"
 #include "phalanx/ops/scratch.h"
@@ -15,7 +16,6 @@ namespace {
 using quant::Storage;
 using tensor::Range;
 constexpr int64_t kPanel = tensor::kPanelRows;
-constexpr int64_t kSumStride = kGroupPanels * kPanel;
 
 Codes codes_of(Storage storage) {
   return storage == Storage::kCodes4   ? Codes::k4
@@ -79,18 +79,6 @@ Prepared prepare(Context& ctx, const MatrixView& x, const PackedLinear& w, bool 
   return p;
 }
 
-// Hands out [0, count) in contiguous runs, long ones first.
-Range take_run(std::atomic<int64_t>& next, int64_t count, int64_t threads) {
-  int64_t begin = next.load(std::memory_order_relaxed);
-  for (;;) {
-    if (begin >= count) return {};
-    const int64_t run =
-        threads == 1 ? count : std::max<int64_t>(1, (count - begin) / (2 * threads));
-    if (next.compare_exchange_weak(begin, begin + run, std::memory_order_relaxed))
-      return {begin, begin + run};
-  }
-}
-
 // The outputs of one item: panels by all tokens of the block, in f32.
 struct Item {
   const PackedLinear& w;
@@ -99,6 +87,7 @@ struct Item {
   int64_t panel_bytes = 0;
   Range panels;
   int64_t next_panel = 0;
+  int64_t sum_stride = 0;  // of the rows of the result
 };
 
 float* int8_sums(Context& ctx, const Item& i, ThreadScratch& thread) {
@@ -119,13 +108,19 @@ float* int8_sums(Context& ctx, const Item& i, ThreadScratch& thread) {
          .panels = i.panels.size(),
          .k = std::min(step, padded - k),
          .c = reinterpret_cast<int32_t*>(thread.sums),
-         .c_stride = kSumStride,
+         .c_stride = i.sum_stride,
          .accumulate = k > 0,
          .next = last ? i.w.data + i.next_panel * i.panel_bytes : w + (k + step) * kPanel});
   }
-  s.integers->finish_int8(thread.sums, kSumStride, i.tokens, i.panels.size(),
+  s.integers->finish_int8(thread.sums, i.sum_stride, i.tokens, i.panels.size(),
                           w + padded * kPanel, i.panel_bytes, s.token_scale, s.token_sum);
   return thread.sums;
+}
+
+// Few tokens of codes in one pass.
+bool streams(const Context::Scratch& s, const PackedLinear& w, int64_t tokens, bool pairs) {
+  return w.storage != Storage::kInt8 && pairs && s.integers->stream != nullptr &&
+         tokens <= kStreamRows;
 }
 
 float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs) {
@@ -133,7 +128,7 @@ float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs)
   const IntegerKernels& integers = *s.integers;
   const PackedLinear& w = i.w;
   const Codes codes = codes_of(w.storage);
-  if (pairs && integers.stream != nullptr && i.tokens <= kStreamRows) {
+  if (streams(s, w, i.tokens, pairs)) {
     integers.stream({.codes = codes,
                      .x = reinterpret_cast<const uint16_t*>(i.prepared.x),
                      .x_stride = i.prepared.stride / 2,
@@ -146,7 +141,7 @@ float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs)
                      .k = w.k,
                      .group = w.group,
                      .c = thread.totals,
-                     .c_stride = kSumStride,
+                     .c_stride = i.sum_stride,
                      .next = w.data + i.next_panel * i.panel_bytes});
     return thread.totals;
   }
@@ -172,17 +167,17 @@ float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs)
             .panels = i.panels.size(),
             .k = count,
             .c = thread.sums,
-            .c_stride = kSumStride,
+            .c_stride = i.sum_stride,
             .accumulate = k > group.k_begin});
     }
-    integers.apply(thread.totals, thread.sums, kSumStride, i.tokens, i.panels.size(),
+    integers.apply(thread.totals, thread.sums, i.sum_stride, i.tokens, i.panels.size(),
                    reinterpret_cast<const std::byte*>(group.scale), i.panel_bytes,
                    w.zeros ? i.prepared.group_sums + g : nullptr, i.prepared.groups, g == 0);
   }
   return thread.totals;
 }
 
-// finish(sums, panels, tokens): the epilogue of one item.
+// finish(sums, stride of their rows, panels, tokens): the epilogue of one item.
 template <typename Finish>
 void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish finish) {
   Context::Scratch& scratch = ctx.scratch();
@@ -192,8 +187,10 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
   const int64_t bytes = quantised_panel_bytes(w.storage, w.k, w.group, w.zeros);
   const int64_t panels = panels_of(w.rows);
   const int64_t threads = pool.size();
-  int64_t unit = kGroupPanels;
-  if (threads > 1 && panels < 4 * kGroupPanels * threads) unit = 2;
+  const bool wide = x.rows <= kWideRows &&
+                    (w.storage == Storage::kInt8 || streams(scratch, w, x.rows, pairs));
+  int64_t unit = wide ? kWidePanels : kGroupPanels;
+  while (threads > 1 && unit > 2 && panels < 4 * unit * threads) unit /= 2;
   const int64_t count = (panels + unit - 1) / unit;
   const auto panels_of_item = [&](int64_t item) {
     return Range{item * unit, std::min((item + 1) * unit, panels)};
@@ -209,10 +206,11 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
         for (int64_t item = now.begin; item < now.end; ++item) {
           const Item i{.w = w, .prepared = prepared, .tokens = tokens.size(), .panel_bytes = bytes,
                        .panels = panels_of_item(item),
-                       .next_panel = item + 1 < now.end ? (item + 1) * unit : item * unit};
+                       .next_panel = item + 1 < now.end ? (item + 1) * unit : item * unit,
+                       .sum_stride = std::max(unit, kGroupPanels) * kPanel};
           const float* sums = w.storage == Storage::kInt8 ? int8_sums(ctx, i, thread)
                                                           : code_sums(ctx, i, thread, pairs);
-          finish(sums, i.panels, tokens);
+          finish(sums, i.sum_stride, i.panels, tokens);
         }
       }
     });
@@ -260,10 +258,10 @@ void linear_quantised(Context& ctx, const MatrixView& x, const PackedLinear& w, 
   const Kernels& kernels = *ctx.scratch().kernels;
   const bool bf16 = out.dtype == DType::kBF16;
   const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(out.dtype));
-  multiply(ctx, x, w, [&](const float* sums, Range panels, Range tokens) {
+  multiply(ctx, x, w, [&](const float* sums, int64_t stride, Range panels, Range tokens) {
     const int64_t n = panels.begin * kPanel;
     const int64_t cols = std::min(panels.end * kPanel, w.rows) - n;
-    kernels.finish(sums, kSumStride, tokens.size(), cols, bias != nullptr ? bias + n : nullptr,
+    kernels.finish(sums, stride, tokens.size(), cols, bias != nullptr ? bias + n : nullptr,
                    out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes, out.stride,
                    bf16);
   });
@@ -275,10 +273,10 @@ void gated_quantised(Context& ctx, const MatrixView& x, const PackedGated& w,
   const Kernels& kernels = *ctx.scratch().kernels;
   const bool bf16 = out.dtype == DType::kBF16;
   const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(out.dtype));
-  multiply(ctx, x, w.panels, [&](const float* sums, Range panels, Range tokens) {
+  multiply(ctx, x, w.panels, [&](const float* sums, int64_t stride, Range panels, Range tokens) {
     const int64_t n = panels.begin / 2 * kPanel;
     const int64_t cols = std::min(panels.end / 2 * kPanel, w.rows) - n;
-    kernels.finish_gated(sums, kSumStride, tokens.size(), cols,
+    kernels.finish_gated(sums, stride, tokens.size(), cols,
                          gate_bias != nullptr ? gate_bias + n : nullptr,
                          up_bias != nullptr ? up_bias + n : nullptr,
                          out.row<std::byte>(0) + (tokens.begin * out.stride + n) * bytes,

@@ -6,6 +6,7 @@ struct V {
 
 constexpr int kPeakChains = 12;
 constexpr int kTilePanels(int) { return 4; }
+constexpr int kStreamPanels(int rows) { return rows <= 2 ? 8 : 4; }
 
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
 inline V zero() { return {_mm512_setzero_ps()}; }
