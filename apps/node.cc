@@ -303,6 +303,7 @@ void Node::connect(const std::vector<comm::Member>& members) {
 }
 
 void Node::show_progress(const std::atomic<bool>& done) const {
+  const Clock::time_point start = Clock::now();
   std::unique_ptr<Progress> bar;
   int64_t shown = 0;
   for (bool last = false; !last;) {
@@ -314,7 +315,8 @@ void Node::show_progress(const std::atomic<bool>& done) const {
       total += static_cast<int64_t>(view.page->bytes_to_read.load(std::memory_order_relaxed));
     }
     if (!bar && total > 0)
-      bar = std::make_unique<Progress>("loading weights", total, ProgressUnit::kBytes);
+      bar = std::make_unique<Progress>("loading weights", total, ProgressUnit::kBytes,
+                                       ProgressOptions{.start = start});
     if (bar && read > shown) bar->advance(read - std::exchange(shown, read));
     if (!last) std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }

@@ -30,7 +30,8 @@ Progress::Progress(std::string what, int64_t total, ProgressUnit unit, ProgressO
       total_(std::max<int64_t>(total, 0)),
       unit_(unit),
       options_(std::move(options)),
-      terminal_(options_.terminal.value_or(::isatty(STDERR_FILENO) == 1)) {
+      terminal_(options_.terminal.value_or(::isatty(STDERR_FILENO) == 1)),
+      start_(options_.start.value_or(Clock::now())) {
   if (!options_.draw)
     options_.draw = [](std::string_view text) {
       std::fwrite(text.data(), 1, text.size(), stderr);

@@ -16,6 +16,7 @@ enum class ProgressUnit { kItems, kBytes };
 struct ProgressOptions {
   std::optional<bool> terminal;                // default: whether stderr is one
   double line_every_seconds = 2.0;             // between log lines
+  std::optional<Clock::time_point> start;      // of the work; default: now
   std::function<void(std::string_view)> draw;  // default: to stderr, for a terminal
   std::function<void(std::string_view)> line;  // default: log_info
 };
@@ -46,11 +47,11 @@ class Progress {
   const ProgressUnit unit_;
   ProgressOptions options_;
   const bool terminal_;
-  const Clock::time_point start_ = Clock::now();
+  const Clock::time_point start_;
 
   std::mutex mutex_;  // guards what follows
   int64_t current_ = 0;
-  Clock::time_point shown_ = start_;
+  Clock::time_point shown_ = Clock::now();
   bool bar_drawn_ = false;
   bool done_ = false;
 };

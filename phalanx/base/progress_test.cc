@@ -41,6 +41,17 @@ TEST(Progress, ShortWorkGivesOneLine) {
   EXPECT_EQ(lines[0], "tensors: 100 in 0.0 s");
 }
 
+TEST(Progress, RateCountsFromTheStartOfTheWork) {
+  std::string last;
+  Progress progress("loading", 4'000'000, ProgressUnit::kBytes,
+                    {.terminal = false,
+                     .start = Clock::now() - std::chrono::seconds(2),
+                     .line = [&](std::string_view line) { last = line; }});
+  progress.advance(4'000'000);
+  progress.done();
+  EXPECT_EQ(last, "loading: 4.0 MB in 2.0 s, 2.0 MB/s");
+}
+
 TEST(Progress, BarOnATerminal) {
   std::string drawn;
   {
