@@ -5,13 +5,13 @@
 #include <algorithm>
 
 #include "apps/bench_roofline.h"
+#include "apps/build_identity.h"
 #include "apps/config_environment.h"
 #include "apps/config_inter_node.h"
 #include "apps/file_digest.h"
 #include "apps/host.h"
 #include "phalanx/base/clock.h"
 #include "phalanx/cluster/control.h"
-#include "phalanx/engine/step_plan.h"
 #include "phalanx/ops/isa.h"
 
 namespace phalanx::apps {
@@ -52,10 +52,10 @@ void load_doctor_certificates(DoctorOptions& options) {
 NodeReport describe_node(const DoctorOptions& options) {
   const HostResources host = host_resources();
   NodeReport node{.server = options.own_server};
-  node.build = PHALANX_VERSION;
-  node.wire_version = static_cast<int>(engine::kStepPlanVersion);
+  node.build = build_identity().release;
+  node.wire_version = static_cast<int>(build_identity().wire_version);
   node.control_version = cluster::kControlVersion;
-  node.numerics_version = ops::kNumericsVersion;
+  node.numerics_version = static_cast<int>(build_identity().numerics_version);
   const ops::Isa isa = ops::choose_isa();
   node.isa = ops::isa_name(isa);
   node.numeric_class = ops::numeric_class_name(ops::numeric_class_of(isa));

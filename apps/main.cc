@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "apps/bench.h"
+#include "apps/build_identity.h"
 #include "apps/certs.h"
 #include "apps/check.h"
 #include "apps/config_make.h"
@@ -76,7 +77,7 @@ int dispatch(int argc, char** argv) {
   const std::string_view name = argv[1];
   if (name == "--help" || name == "-h" || name == "help") return usage(stdout);
   if (name == "--version") {
-    fmt::print("phalanx {}\n", PHALANX_VERSION);
+    fmt::print("phalanx {}\n", build_identity().release);
     return 0;
   }
   if (name == "rank") return run_rank(argc, argv);

@@ -8,6 +8,7 @@
 #include <thread>
 #include <utility>
 
+#include "apps/build_identity.h"
 #include "apps/file_digest.h"
 #include "phalanx/base/check.h"
 #include "phalanx/base/log.h"
@@ -156,8 +157,10 @@ std::vector<std::string> format_report(const NodeConfig& config, const NodePlan&
 
 cluster::JoinFacts join_facts(const NodeConfig& config, const NodePlan& plan) {
   const std::string& dir = config.model.weight_path;
-  cluster::JoinFacts facts{{"numerics version", std::to_string(ops::kNumericsVersion)},
-                           {"wire version", std::to_string(engine::kStepPlanVersion)},
+  const BuildIdentity& build = build_identity();
+  cluster::JoinFacts facts{{"numerics version", std::to_string(build.numerics_version)},
+                           {"wire version", std::to_string(build.wire_version)},
+                           {"frame version", std::to_string(build.frame_version)},
                            {"rank table", config.table.digest()}};
   for (const auto& [name, value] : shared_settings(config)) facts.emplace_back(name, value);
   facts.insert(facts.end(),
@@ -186,7 +189,7 @@ cluster::NodeOffer Node::offer() const {
       offer.numeric_classes.push_back(name);
   }
   const HostResources host = host_resources();
-  offer.build = PHALANX_VERSION;
+  offer.build = build_identity().release;
   offer.memory_bytes = host.memory_bytes;
   offer.cores = host.usable_cores();
   return offer;

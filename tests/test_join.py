@@ -1,10 +1,17 @@
 """A node that does not fit is refused on both sides, with the same table of what differs."""
 import json
+import os
+import pathlib
 import shutil
+import struct
 
 import pytest
 
 from support.instance import Instance
+from support.paths import program
+
+IDENTITY = b"@(#)phalanx-0001"      # apps/build_identity.h
+FAKETIME = pathlib.Path(f"/usr/lib/{os.uname().machine}-linux-gnu/faketime/libfaketime.so.1")
 
 
 def other_model(folder, model, name, change):
@@ -92,6 +99,52 @@ def test_mismatch_is_named_on_both_sides(what, master, model, tmp_path):
     assert master.nodes[0].popen.poll() is None
 
 
+def other_build(folder, release=None, **added):
+    """A copy of the program that says it is another release, or speaks other versions."""
+    data = bytearray(program().read_bytes())
+    at = data.index(IDENTITY) + len(IDENTITY)
+    assert data.find(IDENTITY, at) < 0
+    if release is not None:
+        data[at:at + 16] = release.encode().ljust(16, b"\0")
+    names = ("wire", "frame", "numerics")
+    versions = struct.unpack_from("<3I", data, at + 16)
+    struct.pack_into("<3I", data, at + 16,
+                     *(v + added.get(n, 0) for n, v in zip(names, versions)))
+    copy = folder / "phalanx"
+    copy.write_bytes(data)
+    copy.chmod(0o755)
+    return copy
+
+
+@pytest.mark.parametrize("what", ["wire", "frame", "numerics"])
+def test_a_build_that_speaks_or_computes_otherwise_is_named(what, master, monkeypatch, tmp_path):
+    seen = len(master.nodes[0].lines)
+    with monkeypatch.context() as patch:
+        patch.setenv("PHALANX_BIN", str(other_build(tmp_path, **{what: 1})))
+        slave = master.start_node(1)
+    assert slave.wait(60) == 1
+    table = [line for line in slave.text("err").splitlines()
+             if line.strip().startswith(f"{what} version")]
+    assert len(table) == 1, slave.text()
+    ours, theirs = map(int, table[0].split()[-2:])
+    assert theirs == ours + 1 and "Fix: give all nodes the same program" in slave.text("err")
+    log = "\n".join(line for _, _, line in master.nodes[0].lines[seen:])
+    assert table[0].strip() in log, log
+
+
+@pytest.mark.skipif(not FAKETIME.exists(), reason="libfaketime is not installed (Debian: faketime)")
+def test_another_clock_is_named(master):
+    seen = len(master.nodes[0].lines)
+    slave = master.start_node(1, LD_PRELOAD=FAKETIME, FAKETIME="+3600s",
+                              FAKETIME_DONT_FAKE_MONOTONIC=1)
+    assert slave.wait(60) == 1
+    table = [line for line in slave.text("err").splitlines() if line.strip().startswith("clock ")]
+    assert len(table) == 1 and table[0].endswith(" s apart"), slave.text()
+    assert 3590 < int(table[0].split()[-3]) < 3610
+    log = "\n".join(line for _, _, line in master.nodes[0].lines[seen:])
+    assert table[0].strip() in log, log
+
+
 def test_another_rank_table_is_named(master, tmp_path):
     table = tmp_path / "ranktable.json"
     shutil.copy(master.table_file, table)
@@ -104,9 +157,14 @@ def test_another_rank_table_is_named(master, tmp_path):
     assert "rank table" in slave.text("err") and "Fix:" in slave.text("err")
 
 
-def test_the_right_node_is_still_taken(master):
-    master.start_node(1)
+def test_the_right_node_is_still_taken_and_another_release_of_the_same_versions(
+        master, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setenv("PHALANX_BIN", str(other_build(tmp_path, release="9.8.7-other")))
+        master.start_node(1)
     master.wait_serving()
+    nodes = json.loads(master.get("/v1/status")[1])["phalanx"]["nodes"]
+    assert nodes[1]["build"] == "9.8.7-other" != nodes[0]["build"]
     second = master.start_node(1)
     assert second.wait(60) == 1
     assert "two processes claim the same entry" in second.text("err")
