@@ -22,8 +22,10 @@ namespace {
 using nlohmann::json;
 
 constexpr double kWarmUpSeconds = 120;
+constexpr double kIdlePlanSeconds = 1;  // so that a cut link is found while nothing runs
 constexpr double kSuspendSeconds = 10;  // for the engine to let go of a lost generation
 constexpr int kMostFruitless = 10;      // generations in a row that gave no token
+constexpr double kAnswerSeconds = 3;    // for the answers of a stop to reach the clients
 constexpr double kLeaveSeconds = 1.5;   // for ranks and nodes to leave afterwards
 
 sigset_t stop_signals() {
@@ -147,7 +149,8 @@ struct Instance::State {
                               .draft_most = config.plugins.lookup_most,
                               .draft_least = config.plugins.lookup_least,
                               .generation = node.generation(),
-                              .recover = config.recover},
+                              .recover = config.recover,
+                              .idle_plan_seconds = kIdlePlanSeconds},
         attachment->executor);
     engine->on_failure([this](const Error& error) {
       // The supervisors know better who died; their word replaces this one if it comes soon.
@@ -390,9 +393,9 @@ struct Instance::State {
       return 1;
     }
     if (!in_order || !drain(Deadline::in_seconds(config.drain_seconds)))
-      engine->end_requests(Error(Code::kUnavailable, "the service is stopping: " + stop_reason));
+      engine->end_requests(Error(Code::kCancelled, "the service is stopping: " + stop_reason));
     in_order = in_order && !lost_now();
-    close_head(Deadline::in_seconds(1));
+    close_head(Deadline::in_seconds(kAnswerSeconds));
     engine.reset();
     if (!in_order) {
       coordinator->stop(stop_reason, Deadline::in_seconds(kLeaveSeconds));
@@ -509,6 +512,7 @@ std::string Instance::status_json() const {
                      {"verdict", node.verdict},
                      {"reason", node.last_reason},
                      {"last_contact_seconds", node.last_contact_seconds},
+                     {"build", node.offer.build},
                      {"cores", node.offer.cores},
                      {"memory_bytes", node.offer.memory_bytes}});
     for (const cluster::RankReport& report : node.ranks) {

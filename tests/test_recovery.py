@@ -1,5 +1,6 @@
 """A rank or node that dies under load: no accepted request is lost, no token differs."""
 import concurrent.futures
+import http.client
 import json
 import os
 import signal
@@ -149,3 +150,39 @@ def test_a_node_that_is_killed_and_started_again_goes_on(instance, expected):
         instance.start_node(1)
         wait_generation(instance, before["generation"] + 1, 60)
     assert under_load(instance, prompts, kill) == texts
+
+
+def raw_completion(instance, path, body):
+    """(status, Retry-After, body text) of one request over a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", instance.port, timeout=60)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    return response.status, response.getheader("Retry-After"), response.read().decode()
+
+
+def test_a_drain_limit_passed_while_recovering_answers_everybody(tmp_path, model):
+    """Nobody comes back; the master is told to stop: 503 for whole answers, an error in streams."""
+    body = {"model": "demo", "prompt": "Tell me a long story.", "max_tokens": 3000,
+            "temperature": 0, "ignore_eos": True}
+    chat = {"model": "demo", "messages": [{"role": "user", "content": "A long story."}],
+            "max_tokens": 3000, "ignore_eos": True}
+    with Instance(tmp_path, model, [1, 1], arguments=["--drain-seconds=1"]) as instance, \
+            concurrent.futures.ThreadPoolExecutor(3) as pool:
+        instance.start()
+        running = [pool.submit(raw_completion, instance, path, request) for path, request in
+                   (("/v1/completions", body), ("/v1/chat/completions", chat),
+                    ("/v1/completions", {**body, "stream": True}))]
+        wait_running(instance, 3)
+        deadline = time.monotonic() + 30
+        while status(instance)["engine"]["output_tokens"] < 10:   # so that the stream has begun
+            assert time.monotonic() < deadline, "no tokens"
+            time.sleep(0.02)
+        instance.nodes[1].kill()
+        wait_state(instance, "recovering")
+        instance.nodes[0].popen.send_signal(signal.SIGTERM)
+        whole, spoken, streamed = (future.result(30) for future in running)
+        for status_code, retry, text in (whole, spoken):
+            assert status_code == 503 and int(retry) > 0, text
+            assert "the service is stopping: SIGTERM" in text
+        assert streamed[0] == 200 and "the service is stopping: SIGTERM" in streamed[2][-300:]
+        assert instance.nodes[0].wait(10) == 0

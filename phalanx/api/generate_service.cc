@@ -19,6 +19,7 @@ using engine::SubmitResult;
 constexpr int64_t kMaxPromptTokens = 1048576;
 constexpr auto kWatchInterval = std::chrono::milliseconds(50);
 constexpr uint64_t kRoundsPerSecond = 20;
+constexpr int kStoppingRetrySeconds = 5;
 const std::string kEnqueue = "Failed to enqueue inferRequest. ";
 
 double seconds_since(Clock::time_point t) {
@@ -272,12 +273,18 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
     Sequence& sequence = sequences_[index];
     if (sequence.done) return;
     progress_ns_ = now_ns();
+    // Whoever asks again later may be answered.
+    if (event.finish == FinishReason::kError && event.error &&
+        event.error->code() == Code::kCancelled)
+      return fail(unavailable(fmt::format("Failed to get engine response. {}", event.error->what()),
+                              kStoppingRetrySeconds));
     if (event.finish == FinishReason::kError)
       return fail(incomplete_generation(fmt::format(
           "Failed to get engine response. {}", event.error ? event.error->what() : "unknown error")));
     if (event.finish == FinishReason::kCancelled)
-      return fail(incomplete_generation(
-          "Failed to get engine response. The request was ended because the service stops"));
+      return fail(unavailable(
+          "Failed to get engine response. The request was ended because the service stops",
+          kStoppingRetrySeconds));
     if (event.prompt_tokens > 0) sequence.prompt_tokens = event.prompt_tokens;
     sequence.output_tokens = std::max<int64_t>(sequence.output_tokens, event.output_tokens);
     queue_ns_ = std::max(queue_ns_, event.queue_ns);

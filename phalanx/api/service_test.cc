@@ -251,6 +251,19 @@ TEST(Service, TellsAFailureOfTheEngine) {
   EXPECT_EQ(rest.find("[DONE]"), std::string::npos);
 }
 
+TEST(Service, ToldToStopItAsksToComeAgain) {
+  Instance instance;
+  instance.engine.hold = true;
+  Client whole(instance.port);
+  whole.send(post_text(kChat, chat()));
+  ASSERT_TRUE(instance.engine.wait_running(1));
+  instance.engine.fail(Error(Code::kCancelled, "the service is stopping: SIGTERM"));
+  const auto reply = parse_reply(whole.read_all());
+  expect_refused(reply, 503, "Service Unavailable",
+                 "Failed to get engine response. the service is stopping: SIGTERM");
+  EXPECT_TRUE(reply.has("Retry-After: 5")) << reply.head;
+}
+
 TEST(Service, EndsWhatTakesTooLong) {
   ServiceOptions options = Instance::default_options();
   options.token_timeout_s = 0.2;
