@@ -5,7 +5,11 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
+#include <random>
+#include <stdexcept>
 #include <thread>
 
 #include "apps/config_environment.h"
@@ -13,6 +17,7 @@
 #include "apps/doctor_predict.h"
 #include "apps/doctor_probe.h"
 #include "apps/doctor_report.h"
+#include "apps/rank_spec.h"
 #include "phalanx/cluster/join_check.h"
 #include "phalanx/net/address.h"
 
@@ -26,8 +31,8 @@ constexpr double kDescribeSeconds = 30;  // digests of a large tokenizer
 constexpr double kMemorySeconds = 0.4;
 constexpr double kMemoryAnswerSeconds = 30;
 constexpr double kProbeSeconds = 60;
+constexpr double kRehearsalSeconds = 1.5;
 constexpr double kNoticeSeconds = 5;
-constexpr int kEveryCount = 4;  // nodes, up to which memory is measured with 1, 2, ... of them
 
 struct Arguments {
   DoctorOptions options;
@@ -138,13 +143,11 @@ void describe_all(const Arguments& a, DoctorReport& report) {
   }
 }
 
-void measure_memory_of(const Arguments& a, int together, bool all, NodeReport& node) {
+void measure_memory_of(const Arguments& a, NodeReport& node) {
   try {
     const json reply = ask(a.options, node.server, {{"op", "memory"}, {"seconds", kMemorySeconds}},
                            kMemoryAnswerSeconds);
-    const double speed = reply.at("bytes_per_s").get<double>();
-    if (speed > 0) node.read_together[together] = speed;
-    if (all) node.read_bytes_per_s = speed;
+    node.read_bytes_per_s = reply.at("bytes_per_s").get<double>();
     node.flops_per_s = reply.at("flops_per_s").get<double>();
     node.memory_problem = cluster::printable(reply.at("problem").get<std::string>(), 500);
   } catch (const std::exception& e) {
@@ -152,27 +155,13 @@ void measure_memory_of(const Arguments& a, int together, bool all, NodeReport& n
   }
 }
 
-// The master alone, then more and more nodes at once, at last all, as they will read when they serve.
+// All nodes at once, as they will read when they serve.
 void measure_memories(const Arguments& a, DoctorReport& report) {
-  notice("measuring memory bandwidth, at last of all nodes at once");
-  std::vector<int> order;  // of servers, by their first rank
-  for (int rank = 0; rank < report.table.world_size; ++rank)
-    if (const int server = report.table.server_of_rank(rank);
-        std::find(order.begin(), order.end(), server) == order.end())
-      order.push_back(server);
-  const auto count = static_cast<int>(order.size());
-  for (int together = 1; together <= count; ++together) {
-    if (together > 1 && together < count && count > kEveryCount) continue;
-    std::vector<std::thread> threads;
-    for (int i = 0; i < together; ++i) {
-      NodeReport& node = report.nodes[static_cast<size_t>(order[static_cast<size_t>(i)])];
-      if (node.error.empty())
-        threads.emplace_back([&a, &node, together, count] {
-          measure_memory_of(a, together, together == count, node);
-        });
-    }
-    for (std::thread& thread : threads) thread.join();
-  }
+  notice("measuring memory bandwidth of all nodes at once");
+  std::vector<std::thread> threads;
+  for (NodeReport& node : report.nodes)
+    if (node.error.empty()) threads.emplace_back([&a, &node] { measure_memory_of(a, node); });
+  for (std::thread& thread : threads) thread.join();
 }
 
 LinkReport measure_link(const Arguments& a, const NodeReport& from, const NodeReport& to) {
@@ -208,6 +197,92 @@ void measure_links(const Arguments& a, DoctorReport& report) {
   }
 }
 
+comm::Token one_time_token() {
+  std::random_device random;
+  comm::Token token{};
+  for (std::byte& byte : token) byte = static_cast<std::byte>(random() & 0xff);
+  return token;
+}
+
+// One rehearsal on the first works.size() ranks: every node opens its part, then all run at once.
+std::vector<RehearsalResult> rehearse(const Arguments& a, const std::vector<RehearsalWork>& works) {
+  const cluster::RankTable& table = a.options.table;
+  const auto total = static_cast<int>(works.size());
+  notice(fmt::format("rehearsing a step of {} rank{}", total, total == 1 ? "" : "s"));
+  struct Part {
+    int server = 0;
+    std::vector<int> ranks;
+    std::optional<DoctorStream> stream;
+    json question, reply;
+    std::optional<Error> error;
+  };
+  std::map<int, Part> parts;
+  for (int rank = 0; rank < total; ++rank)
+    parts[table.server_of_rank(rank)].ranks.push_back(rank);
+  std::vector<comm::Member> members(works.size());
+  for (auto& [server, part] : parts) {
+    part.server = server;
+    part.stream = dial_doctor(a.options, server, Deadline::in_seconds(kDialSeconds));
+    const json opened = part.stream->ask(
+        {{"op", "rehearse_open"}, {"ranks", part.ranks}, {"total", total}},
+        Deadline::in_seconds(kMemoryAnswerSeconds));
+    const auto ports = opened.at("ports").get<std::vector<uint16_t>>();
+    if (ports.size() != part.ranks.size())
+      throw Error(Code::kInternal, "a node opened other ports than it was asked for");
+    json own = json::array();
+    for (size_t i = 0; i < ports.size(); ++i) {
+      const auto rank = static_cast<size_t>(part.ranks[i]);
+      members[rank] = {.rank = part.ranks[i],
+                       .node = server,
+                       .host = a.options.address(server),
+                       .data_address = a.options.address(server),
+                       .data_port = ports[i]};
+      own.push_back(to_json(works[rank]));
+    }
+    part.question = {{"op", "rehearse"}, {"works", own}, {"seconds", kRehearsalSeconds}};
+  }
+  const std::string token = token_to_hex(one_time_token());
+  std::vector<std::thread> threads;
+  for (auto& [server, part] : parts) {
+    part.question["members"] = to_json(members);
+    part.question["token"] = token;
+    threads.emplace_back([&part = part] {
+      try {
+        part.reply = part.stream->ask(part.question, Deadline::in_seconds(kProbeSeconds));
+      } catch (const std::exception& e) {
+        part.error.emplace(Code::kUnavailable, e.what());
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  std::vector<RehearsalResult> results(works.size());
+  for (auto& [server, part] : parts) {
+    if (part.error) throw Error(*part.error);
+    const auto& list = part.reply.at("results").get_ref<const json::array_t&>();
+    for (size_t i = 0; i < part.ranks.size(); ++i)
+      results[static_cast<size_t>(part.ranks[i])] = {.steps = list.at(i).at("steps").get<int>(),
+                                                     .step_s = list.at(i).at("step_s").get<double>(),
+                                                     .compute_s =
+                                                         list.at(i).at("compute_s").get<double>()};
+  }
+  if (!(results.front().step_s > 0))
+    throw Error(Code::kInvalidArgument, "a node answered with a step that took no time");
+  return results;
+}
+
+// As the doctor reports: what a node answers wrongly is an error like any other.
+std::vector<RehearsalResult> rehearse_or_say(const Arguments& a,
+                                             const std::vector<RehearsalWork>& works) {
+  try {
+    return rehearse(a, works);
+  } catch (const json::exception&) {
+    throw Error(Code::kInvalidArgument,
+                "a doctor's answer lacks what this version expects; install one version on all nodes");
+  } catch (const std::out_of_range&) {
+    throw Error(Code::kInvalidArgument, "a doctor answered for too few ranks");
+  }
+}
+
 int examine(const Arguments& a) {
   DoctorReport report{.table = a.options.table, .own_server = a.options.own_server};
   report.certs = !a.options.certs.empty();
@@ -225,7 +300,10 @@ int examine(const Arguments& a) {
   measure_memories(a, report);
   measure_links(a, report);
   judge(report);
-  if (!a.options.model.empty()) predict(report, a.options.model, a.context);
+  if (!a.options.model.empty())
+    predict(report, a.options.model, a.context, [&](const std::vector<RehearsalWork>& works) {
+      return rehearse_or_say(a, works);
+    });
   if (a.as_json)
     fmt::print("{}\n", doctor_json(report));
   else

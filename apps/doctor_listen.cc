@@ -11,16 +11,21 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <list>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <thread>
 
 #include "apps/doctor_probe.h"
+#include "apps/doctor_rehearsal.h"
 #include "apps/doctor_tls.h"
 #include "apps/doctor_wire.h"
+#include "apps/rank_spec.h"
 #include "phalanx/base/error.h"
 #include "phalanx/net/address.h"
 
@@ -35,12 +40,14 @@ constexpr double kFirstByteSeconds = 5;
 constexpr double kMessageSeconds = 10;
 constexpr int kPollMs = 100;
 constexpr double kMostMemorySeconds = 3;
+constexpr double kTurnSeconds = 10;
 constexpr size_t kLargestDatagram = 65536;
 
 struct Socket {
   UniqueFd fd;
   bool udp = false;
   bool doctor = false;
+  uint16_t data_port = 0;  // one that PHALANX_DATA_PORTS names
 };
 
 }  // namespace
@@ -54,12 +61,27 @@ struct DoctorListener::State {
     std::thread thread;
   };
 
+  // A rehearsal between its two messages, with the data ports that it was lent.
+  struct Stage {
+    explicit Stage(State& s) : state(s) {}
+    ~Stage() {
+      const std::lock_guard lock(state.mutex);
+      for (const size_t i : lent) state.lent.erase(i);
+    }
+    State& state;
+    std::unique_lock<std::timed_mutex> turn;  // nothing else is measured meanwhile
+    std::set<size_t> lent;
+    std::unique_ptr<Rehearsal> rehearsal;
+  };
+
   void open_ports();
   void run();
   void accept_one(const Socket& socket);
   void answer_datagrams(int fd);
   void serve(UniqueFd connection, int server);
-  json answer(DoctorStream& stream, const json& message, int server);
+  json answer(DoctorStream& stream, const json& message, int server, Stage& stage);
+  json open_rehearsal(const json& message, Stage& stage);
+  json rehearse(const json& message, Stage& stage);
   std::optional<int> server_at(const std::string& address) const {
     for (size_t i = 0; i < options.table.servers.size(); ++i)
       if (net::same_address(options.address(static_cast<int>(i)), address)) return static_cast<int>(i);
@@ -74,8 +96,9 @@ struct DoctorListener::State {
   std::atomic<int64_t> strangers{0}, sessions_seen{0};
   std::mutex mutex;
   std::list<Session> sessions;             // guarded by mutex
+  std::set<size_t> lent;                   // sockets that a rehearsal accepts on; guarded by mutex
   std::map<int, std::string> tls_verdict;  // of each server's latest handshake; guarded by mutex
-  std::mutex measuring;                    // one measurement of memory at a time
+  std::timed_mutex measuring;              // one measurement at a time
   std::thread thread;
 };
 
@@ -99,7 +122,8 @@ void DoctorListener::State::open_ports() {
       in_port_t bound = 0;  // at the same place for both families
       std::memcpy(&bound, reinterpret_cast<const char*>(&at) + offsetof(sockaddr_in, sin_port),
                   sizeof bound);
-      sockets.push_back({.fd = std::move(fd)});
+      const uint16_t data_port = purpose == "data" ? ntohs(bound) : uint16_t{0};
+      sockets.push_back({.fd = std::move(fd), .data_port = data_port});
       ports.push_back({ntohs(bound), purpose, ""});
     } catch (const Error& e) {
       ports.push_back({port, purpose, e.what()});
@@ -116,6 +140,11 @@ void DoctorListener::State::run() {
   std::vector<pollfd> waits;
   for (const Socket& socket : sockets) waits.push_back({socket.fd.get(), POLLIN, 0});
   while (!stop) {
+    {
+      const std::lock_guard lock(mutex);
+      for (size_t i = 0; i < waits.size(); ++i)
+        waits[i].fd = lent.contains(i) ? -1 : sockets[i].fd.get();
+    }
     const int ready = ::poll(waits.data(), waits.size(), kPollMs);
     for (size_t i = 0; ready > 0 && i < waits.size(); ++i) {
       if (waits[i].revents == 0) continue;
@@ -200,12 +229,13 @@ void DoctorListener::State::serve(UniqueFd connection, int server) {
     return;
   }
   DoctorStream stream(std::move(connection), options.address(server));
+  Stage stage(*this);
   while (!stop) {
     const std::optional<json> message = stream.receive(Deadline::in_seconds(kSessionSeconds));
     if (!message) return;
     json reply;
     try {
-      reply = answer(stream, *message, server);
+      reply = answer(stream, *message, server, stage);
     } catch (const json::exception&) {
       reply = {{"error", "a message that this doctor does not understand; is it another version?"}};
     }
@@ -213,7 +243,51 @@ void DoctorListener::State::serve(UniqueFd connection, int server) {
   }
 }
 
-json DoctorListener::State::answer(DoctorStream& stream, const json& message, int server) {
+json DoctorListener::State::open_rehearsal(const json& message, Stage& stage) {
+  const auto ranks = message.at("ranks").get<std::vector<int>>();
+  const int total = message.at("total").get<int>();
+  const auto is_own = [&](int rank) {
+    return rank >= 0 && rank < total && options.table.server_of_rank(rank) == options.own_server;
+  };
+  if (total < 1 || total > options.table.world_size || ranks.empty() || stage.rehearsal ||
+      !std::is_sorted(ranks.begin(), ranks.end(), std::less_equal<>()) ||
+      !std::all_of(ranks.begin(), ranks.end(), is_own))
+    return {{"error", "a rehearsal that is not of this node's ranks"}};
+  // The one before may be just ending.
+  stage.turn = std::unique_lock(measuring, std::chrono::duration<double>(kTurnSeconds));
+  if (!stage.turn) return {{"error", "something else is being measured on this node"}};
+  std::vector<Rehearsal::Port> data;
+  {
+    const std::lock_guard lock(mutex);
+    for (size_t i = 0; i < sockets.size() && data.size() < ranks.size(); ++i) {
+      if (sockets[i].data_port == 0 || !lent.insert(i).second) continue;
+      stage.lent.insert(i);
+      data.push_back({sockets[i].fd.get(), sockets[i].data_port});
+    }
+  }
+  // Until run() has seen that they are lent.
+  if (!data.empty()) std::this_thread::sleep_for(std::chrono::milliseconds(2 * kPollMs));
+  stage.rehearsal = std::make_unique<Rehearsal>(options, ranks, total, data);
+  return {{"ports", stage.rehearsal->ports()}};
+}
+
+json DoctorListener::State::rehearse(const json& message, Stage& stage) {
+  if (!stage.rehearsal) return {{"error", "no rehearsal was opened"}};
+  std::vector<RehearsalWork> works;
+  for (const json& work : message.at("works").get_ref<const json::array_t&>())
+    works.push_back(rehearsal_work_from_json(work));
+  const double seconds = std::clamp(message.at("seconds").get<double>(), 0.0, kMostMemorySeconds);
+  const std::vector<RehearsalResult> results =
+      stage.rehearsal->run(members_from_json(message.at("members")),
+                           token_from_hex(message.at("token").get<std::string>()), works, seconds);
+  json list = json::array();
+  for (const RehearsalResult& r : results)
+    list.push_back({{"steps", r.steps}, {"step_s", r.step_s}, {"compute_s", r.compute_s}});
+  return {{"results", list}};
+}
+
+json DoctorListener::State::answer(DoctorStream& stream, const json& message, int server,
+                                   Stage& stage) {
   const auto& op = message.at("op").get_ref<const std::string&>();
   if (op == "clock") return {{"ns", wall_clock_ns()}};
   if (op == "describe") {
@@ -261,6 +335,12 @@ json DoctorListener::State::answer(DoctorStream& stream, const json& message, in
   if (op == "tls") {
     const std::lock_guard lock(mutex);
     return {{"verdict", tls_verdict[server]}};
+  }
+  try {
+    if (op == "rehearse_open") return open_rehearsal(message, stage);
+    if (op == "rehearse") return rehearse(message, stage);
+  } catch (const Error& e) {
+    return {{"error", e.what()}};
   }
   if (op == "probe") {
     const int to = message.at("to").get<int>();

@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <set>
+#include <utility>
 
 #include "apps/bench_roofline.h"
 #include "apps/host.h"
@@ -12,18 +12,7 @@
 namespace phalanx::apps {
 namespace {
 
-// Norms, rotary embedding, attention's bookkeeping and the meetings of threads, per layer; planning
-// and sampling, per token. `phalanx bench engine` on a 2-core AVX-512 machine, a model of 135M against
-// one of 1B.
-constexpr double kLayerSeconds = 40e-6;
-constexpr double kTokenSeconds = 120e-6;
-constexpr double kSharedMemoryGather = 1e-6;  // docs/architecture.md, "Measured"
 constexpr int kMostCounts = 16;
-
-struct Way {
-  double half_trip = 0;
-  double bytes_per_s = 0;  // 0: shared memory
-};
 
 class Prediction {
  public:
@@ -34,8 +23,8 @@ class Prediction {
   }
 
   [[nodiscard]] const models::ModelInfo& info() const { return info_; }
-  // Nothing if a node or link that it needs was not measured.
-  [[nodiscard]] std::optional<DoctorReport::Speed> speed(int ranks) const;
+  // What each of so many ranks does for a token, by rank.
+  [[nodiscard]] std::vector<RehearsalWork> work(int ranks) const;
   [[nodiscard]] models::MemoryNeed need(const std::vector<double>& weights, int rank) const {
     return models::memory_need(info_, {.directory = model_, .max_step_tokens = 1, .max_step_rows = 1,
                                        .max_sequence = 1, .weights = weights, .rank = rank});
@@ -59,83 +48,63 @@ class Prediction {
                              : static_cast<double>(tensor::dtype_bytes(info_.dtype));
     work_.bytes = std::max(work_.bytes - idle * bytes, work_.bytes * 0.01);
   }
-  [[nodiscard]] double slowest_rank(int ranks) const;
-  [[nodiscard]] std::optional<Way> worst_way(int ranks) const;
-
   const DoctorReport& report_;
   std::string model_;
   models::ModelInfo info_;
   StepWork work_;
 };
 
-double Prediction::slowest_rank(int ranks) const {
+// The bytes of a token are cut as the layout says, and within a layer as the sizes of its products.
+std::vector<RehearsalWork> Prediction::work(int ranks) const {
   const std::vector<double> weights = this->weights(ranks);
-  std::vector<double> bytes;
+  const std::vector<models::RankLayout> layout = models::plan_layout(info_, weights);
+  std::vector<double> shares;
   double sum = 0;
-  std::vector<int> on_server(report_.table.servers.size());
-  std::set<int> servers;
   for (int r = 0; r < ranks; ++r) {
-    bytes.push_back(static_cast<double>(need(weights, r).read_bytes));
-    sum += bytes.back();
-    const int server = report_.table.server_of_rank(r);
-    ++on_server[static_cast<size_t>(server)];
-    servers.insert(server);
+    shares.push_back(static_cast<double>(need(weights, r).read_bytes));
+    sum += shares.back();
   }
-  double slowest = 0;
+  const auto act = static_cast<int64_t>(tensor::dtype_bytes(info_.act));
+  const models::Experts& e = info_.experts;
+  const int64_t middle = e.count == 0 ? info_.intermediate_size
+                                      : e.per_token * e.intermediate_size + e.shared_intermediate_size;
+  std::vector<int64_t> heads, hidden, mlp, vocab;
+  for (const models::RankLayout& l : layout) {
+    heads.push_back(l.query_heads.size() * info_.head_dim * act);
+    hidden.push_back(l.hidden_rows.size() * act);
+    mlp.push_back(e.count == 0 ? l.mlp_rows.size() * act : middle / ranks * act);
+    vocab.push_back(l.vocab_rows.size() * static_cast<int64_t>(sizeof(float)));
+  }
+  const auto width = static_cast<double>(info_.num_attention_heads * info_.head_dim);
+  const auto kv = static_cast<double>(info_.num_key_value_heads * info_.head_dim);
+  const auto h = static_cast<double>(info_.hidden_size);
+  const auto m = static_cast<double>(middle);
+  const double products = h * (width + 2 * kv) + h * width + 3 * h * m;
+  const auto element = static_cast<double>(tensor::dtype_bytes(info_.dtype));
+  std::vector<RehearsalWork> works;
   for (int r = 0; r < ranks; ++r) {
-    const auto server = static_cast<size_t>(report_.table.server_of_rank(r));
-    const NodeReport& node = report_.nodes[server];
-    const auto together = node.read_together.find(static_cast<int>(servers.size()));
-    const double speed =
-        together != node.read_together.end() ? together->second : node.read_bytes_per_s;
-    if (speed <= 0) return -1;
-    const double share = bytes[static_cast<size_t>(r)] / sum * on_server[server];
-    slowest = std::max(slowest, share * work_.bytes / speed);
-    if (node.flops_per_s > 0) slowest = std::max(slowest, share * work_.flops / node.flops_per_s);
+    const auto place = static_cast<size_t>(r);
+    const double bytes = shares[place] / sum * work_.bytes;
+    const double head = std::min(
+        0.9 * bytes, static_cast<double>(layout[place].vocab_rows.size()) * h *
+                         (info_.formats != nullptr ? 1.0 : element));
+    const double layer = (bytes - head) / static_cast<double>(info_.num_layers);
+    const auto part = [&](int64_t inputs, double size, const std::vector<int64_t>& row) {
+      return RehearsalPart{.inputs = inputs, .bytes = static_cast<int64_t>(layer * size / products),
+                           .row_bytes = ranks > 1 ? row : std::vector<int64_t>{}};
+    };
+    const auto inputs_of_down = e.count == 0 ? info_.intermediate_size : e.intermediate_size;
+    RehearsalWork work{.layers = info_.num_layers, .hidden = info_.hidden_size};
+    work.parts = {part(info_.hidden_size, h * (width + 2 * kv), heads),
+                  part(info_.num_attention_heads * info_.head_dim, h * width, hidden),
+                  part(info_.hidden_size, 2 * h * m, mlp), part(inputs_of_down, h * m, hidden)};
+    if (info_.latent.kv_lora_rank > 0)
+      work.parts.insert(work.parts.begin(), part(info_.hidden_size, 0, hidden));
+    work.head = {.inputs = info_.hidden_size, .bytes = static_cast<int64_t>(head),
+                 .row_bytes = ranks > 1 ? vocab : std::vector<int64_t>{}};
+    works.push_back(std::move(work));
   }
-  return slowest;
-}
-
-std::optional<Way> Prediction::worst_way(int ranks) const {
-  std::set<int> servers;
-  for (int r = 0; r < ranks; ++r) servers.insert(report_.table.server_of_rank(r));
-  Way worst;
-  size_t seen = 0;
-  for (const LinkReport& link : report_.links) {
-    if (!servers.contains(link.from) || !servers.contains(link.to)) continue;
-    if (!link.measured()) return std::nullopt;
-    ++seen;
-    worst.half_trip = std::max(worst.half_trip, link.rtt_us * 0.5e-6);
-    if (worst.bytes_per_s == 0 || link.bytes_per_s < worst.bytes_per_s)
-      worst.bytes_per_s = link.bytes_per_s;
-  }
-  if (seen != servers.size() * (servers.size() - 1)) return std::nullopt;
-  return worst;
-}
-
-std::optional<DoctorReport::Speed> Prediction::speed(int ranks) const {
-  DoctorReport::Speed speed{.ranks = ranks};
-  speed.compute_s = slowest_rank(ranks);
-  const std::optional<Way> way = worst_way(ranks);
-  if (speed.compute_s < 0 || !way) return std::nullopt;
-  const auto layers = static_cast<double>(info_.num_layers);
-  speed.fixed_s = layers * kLayerSeconds + kTokenSeconds;
-  if (ranks > 1) {
-    // Attention output, o_proj, gated activation, down_proj; MLA gathers compressed rows besides.
-    const double gathers = layers * (info_.latent.kv_lora_rank > 0 ? 5 : 4) + 1;
-    const double act = static_cast<double>(tensor::dtype_bytes(info_.act));
-    const double bytes =
-        layers * act *
-            static_cast<double>(info_.num_attention_heads * info_.head_dim + 2 * info_.hidden_size +
-                                info_.intermediate_size) +
-        4.0 * static_cast<double>(info_.vocab_size);
-    const double others = static_cast<double>(ranks - 1) / ranks;
-    speed.links_s = way->bytes_per_s == 0
-                        ? gathers * kSharedMemoryGather
-                        : (gathers + 2) * way->half_trip + bytes * others / way->bytes_per_s;
-  }
-  speed.tokens_per_s = 1 / (speed.compute_s + speed.links_s + speed.fixed_s);
-  return speed;
+  return works;
 }
 
 void check_memory(DoctorReport& report, const Prediction& prediction) {
@@ -160,7 +129,8 @@ void check_memory(DoctorReport& report, const Prediction& prediction) {
 
 }  // namespace
 
-void predict(DoctorReport& report, const std::string& model, double context) {
+void predict(DoctorReport& report, const std::string& model, double context,
+             const Rehearse& rehearse) {
   const Prediction prediction(report, model, context);
   const models::ModelInfo& info = prediction.info();
   check_memory(report, prediction);
@@ -171,19 +141,24 @@ void predict(DoctorReport& report, const std::string& model, double context) {
                                  static_cast<int>(info.num_attention_heads));
   for (int ranks = 1; ranks <= most; ++ranks) {
     if (ranks > kMostCounts && ranks != most) continue;
-    const auto speed = prediction.speed(ranks);
-    if (!speed) {
-      report.prediction.push_back(
-          fmt::format("  {:>3} rank{}  not known: a node or link was not measured", ranks,
-                      ranks == 1 ? " " : "s"));
-      continue;
+    try {
+      const std::vector<RehearsalResult> results = rehearse(prediction.work(ranks));
+      double compute = 0;
+      for (const RehearsalResult& result : results) compute = std::max(compute, result.compute_s);
+      const double step = results.front().step_s;
+      report.speeds.push_back({.ranks = ranks,
+                               .tokens_per_s = 1 / step,
+                               .compute_s = compute,
+                               .exchange_s = std::max(0.0, step - compute)});
+      report.prediction.push_back(fmt::format(
+          "  {:>3} rank{}  {:>8.1f} tok/s decode   (a token: the slowest rank computes {:.2f} ms, "
+          "exchanges and waits {:.2f} ms; {} rehearsed)",
+          ranks, ranks == 1 ? " " : "s", 1 / step, compute * 1e3,
+          report.speeds.back().exchange_s * 1e3, results.front().steps));
+    } catch (const Error& error) {
+      report.prediction.push_back(fmt::format("  {:>3} rank{}  not known: {}", ranks,
+                                              ranks == 1 ? " " : "s", error.what()));
     }
-    report.speeds.push_back(*speed);
-    report.prediction.push_back(fmt::format(
-        "  {:>3} rank{}  {:>8.1f} tok/s decode   (memory or cores {:.2f} ms, links {:.2f} ms, rest "
-        "{:.2f} ms a token)",
-        ranks, ranks == 1 ? " " : "s", speed->tokens_per_s, speed->compute_s * 1e3,
-        speed->links_s * 1e3, speed->fixed_s * 1e3));
   }
   report.prediction.push_back(
       fmt::format("  beside it: phalanx bench engine --model {} --batch 1 --prompt {:.0f} --output 32 "

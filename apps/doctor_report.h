@@ -35,9 +35,6 @@ struct NodeReport {
   std::vector<DoctorPort> ports;
   std::string tls;            // "" (no --certs), "good", or what is wrong with the certificates
   double read_bytes_per_s = 0;     // all nodes reading at once; 0: not measured
-  // By the number of nodes that read at once (the first ones in the order of ranks), where nodes may
-  // share a machine: all counts of a small table, else 1 for the master.
-  std::map<int, double> read_together;
   double flops_per_s = 0;
   std::string memory_problem;      // why the bandwidth was not measured
 };
@@ -89,7 +86,8 @@ struct DoctorReport {
   struct Speed {
     int ranks = 0;
     double tokens_per_s = 0;
-    double compute_s = 0, links_s = 0, fixed_s = 0;  // of one token
+    double compute_s = 0;   // of one token, on the slowest rank
+    double exchange_s = 0;  // the rest: gathers, waiting for others and for cores
   };
   std::vector<Speed> speeds;
 };

@@ -128,8 +128,7 @@ std::string doctor_json(const DoctorReport& report) {
     speeds.push_back({{"ranks", s.ranks},
                       {"tokens_per_s", s.tokens_per_s},
                       {"compute_s", s.compute_s},
-                      {"links_s", s.links_s},
-                      {"fixed_s", s.fixed_s}});
+                      {"exchange_s", s.exchange_s}});
   const json all = {{"ok", report.problems.empty()},      {"nodes", nodes},
                     {"links", links},                     {"weakest", report.weakest},
                     {"prediction", speeds},               {"problems", findings_json(report.problems)},

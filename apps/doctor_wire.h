@@ -17,7 +17,7 @@
 
 namespace phalanx::apps {
 
-inline constexpr int kDoctorVersion = 1;
+inline constexpr int kDoctorVersion = 2;
 inline constexpr uint16_t kDoctorPort = 1119;
 inline constexpr uint32_t kDoctorFrameBytes = 256 << 10;
 inline constexpr int kDoctorMostPorts = 1024;  // of a node, looked at
