@@ -18,7 +18,7 @@ help:
 	@echo "make bench-peers      the same work by llama.cpp, vLLM and OpenVINO; bench/PEERS.md"
 	@echo "make bench-service    what structures cost a step, what prompts that arrive cost others"
 	@echo "make connections      1,000 open streams on two nodes, and more than is allowed"
-	@echo "make faults           300 faults over 2 and 3 nodes, under load (root)"
+	@echo "make faults           258 faults: every kind in every state over 2 and 3 nodes, under load (root)"
 	@echo "make recoveries       100 killed ranks in a row: memory and descriptors stay flat"
 	@echo "make bench-recovery   what a loss costs: detection, recovery, first token"
 	@echo "make install PREFIX=  lays out PREFIX/mindie-service"

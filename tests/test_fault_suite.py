@@ -1,4 +1,4 @@
-"""A few seeded faults out of tests/fault_suite.py; `make faults` runs hundreds.
+"""Twenty-four seeded faults out of tests/fault_suite.py, every state and kind once; `make faults` runs all.
 
 PHALANX_FAULTS and PHALANX_FAULT_SEED choose how many and which.
 """
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-COUNT = os.environ.get("PHALANX_FAULTS", "8")
+COUNT = os.environ.get("PHALANX_FAULTS", "24")
 SEED = os.environ.get("PHALANX_FAULT_SEED", "1")
 
 
