@@ -15,7 +15,9 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kPieceBytes = 512 << 10;  // read and packed while it lies in the core's own cache
-constexpr size_t kPiecesAhead = 64;         // that the disk may be asked for before their turn
+constexpr size_t kPiecesAhead = 192;        // that the disk may be asked for before their turn
+constexpr int64_t kDiskBytes = 4 << 20;     // that the disk is asked for at once
+constexpr size_t kPiecesInTurn = 4;         // by one thread: neighbours in file and arena
 
 constexpr std::string_view kWeight = ".weight";
 constexpr std::string_view kBias = ".bias";
@@ -529,8 +531,13 @@ void WeightPlan::announce(const Piece& piece, weights::WeightSource& source) {
   });
 }
 
+int64_t WeightPlan::row_bytes_of(const Job& job) const {
+  return std::max<int64_t>(1, job.cols) * static_cast<int64_t>(tensor::dtype_bytes(dtype_));
+}
+
 void WeightPlan::load(weights::WeightSource& source, ThreadPool& pool,
-                      const std::function<void(int64_t, int64_t)>& progress) const {
+                      const std::function<void(int64_t, int64_t)>& progress,
+                      const std::function<void()>& prepare) const {
   PHALANX_CHECK(base_ != nullptr);
   std::vector<Piece> pieces;
   for (const Job& job : jobs_) {
@@ -543,29 +550,50 @@ void WeightPlan::load(weights::WeightSource& source, ThreadPool& pool,
       continue;
     }
     if (job.kind != Kind::kVector && job.kind != Kind::kLinearF32 && job.kind != Kind::kHeads) {
-      const int64_t row_bytes = job.cols * static_cast<int64_t>(tensor::dtype_bytes(dtype_));
-      step = std::max<int64_t>(1, kPieceBytes / row_bytes / tensor::kPanelRows) *
+      step = std::max<int64_t>(1, kPieceBytes / row_bytes_of(job) / tensor::kPanelRows) *
              tensor::kPanelRows;
     }
     for (int64_t row = 0; row < job.rows; row += step)
       pieces.push_back({.job = &job, .row_begin = row, .rows = std::min(step, job.rows - row)});
+  }
+  // What the disk is asked for: neighbouring pieces together, and the number of the first one.
+  std::vector<std::pair<size_t, Piece>> requests;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const Piece& piece = pieces[i];
+    if (!requests.empty() && requests.back().second.job == piece.job &&
+        (requests.back().second.rows + piece.rows) * row_bytes_of(*piece.job) <= kDiskBytes)
+      requests.back().second.rows += piece.rows;
+    else
+      requests.emplace_back(i, piece);
   }
   std::atomic<size_t> next{0};
   std::atomic<size_t> announced{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
   Problems problems;  // of contents; guarded by mutex
+  // Lets the disk begin with what comes after piece i.
+  const auto ask = [&](size_t i) {
+    for (;;) {
+      const size_t first = announced.load(std::memory_order_relaxed);
+      if (first >= requests.size() || requests[first].first >= i + kPiecesAhead) return;
+      const size_t own = announced.fetch_add(1, std::memory_order_relaxed);
+      if (own < requests.size()) announce(requests[own].second, source);
+    }
+  };
+  ask(0);
+  prepare();
   pool.run([&](int thread) {
     std::vector<std::byte> buffer;
-    while (!failed.load(std::memory_order_relaxed)) {
-      const size_t i = next.fetch_add(1, std::memory_order_relaxed);
+    size_t i = 0;
+    size_t end = 0;
+    for (; !failed.load(std::memory_order_relaxed); ++i) {
+      if (i == end) {
+        i = next.fetch_add(kPiecesInTurn, std::memory_order_relaxed);
+        end = std::min(i + kPiecesInTurn, pieces.size());
+      }
       if (i >= pieces.size()) break;
       try {
-        const size_t ahead = std::min(pieces.size(), i + kPiecesAhead);
-        while (announced.load(std::memory_order_relaxed) < ahead) {
-          const size_t a = announced.fetch_add(1, std::memory_order_relaxed);
-          if (a < pieces.size()) announce(pieces[a], source);
-        }
+        ask(i);
         Problems found;
         load_piece(pieces[i], source, buffer, found);
         if (!found.empty()) {

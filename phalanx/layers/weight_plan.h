@@ -73,9 +73,11 @@ class WeightPlan {
   void verify(const weights::Checkpoint& checkpoint, Problems& problems) const;
 
   // Reads and packs everything into base, on all threads of the pool. progress(bytes read, bytes
-  // in all) is called from the calling thread.
+  // in all) is called from the calling thread. prepare(): called once before
+  // base is written, while the disk already reads.
   void load(weights::WeightSource& source, ThreadPool& pool,
-            const std::function<void(int64_t, int64_t)>& progress) const;
+            const std::function<void(int64_t, int64_t)>& progress,
+            const std::function<void()>& prepare) const;
 
  private:
   // The last two: of a static input (scale, offset), and the order of k.
@@ -97,6 +99,8 @@ class WeightPlan {
     Values values = Values::kAny;  // kVector
   };
   struct Piece;
+  // Of a row as float, whatever its format.
+  [[nodiscard]] int64_t row_bytes_of(const Job& job) const;
   static void announce(const Piece& piece, weights::WeightSource& source);
   std::byte* place(int64_t bytes);
   Job& add_job(Kind kind, std::vector<RowSlice> parts, int64_t offset);

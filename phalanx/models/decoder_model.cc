@@ -324,14 +324,13 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
   layers::WeightPlan measured(config.info.dtype, options.isa, nullptr, config.info.formats.get());
   (void)DecoderLayers(measured, config, layout, 0, options.rank);
   arena_ = std::make_unique<weights::Arena>(measured.arena_bytes(), options.weight_memory);
-  if (!arena_->filled()) (void)arena_->take_huge_pages(pool);
   layers::WeightPlan plan(config.info.dtype, options.isa, arena_->data(),
                           config.info.formats.get());
   layers_ = std::make_unique<DecoderLayers>(plan, config, layout, options.max_step_tokens,
                                             options.rank);
   weights::WeightSource source(checkpoint);
   if (!arena_->filled()) {
-    plan.load(source, pool, progress);
+    plan.load(source, pool, progress, [&] { (void)arena_->take_huge_pages(pool); });
     const auto of_others = names_of_all(config.info);
     (void)source.finish([&](std::string_view tensor) {
       return beyond_layers(tensor, config.info.num_layers) || needless(config.info, tensor) ||

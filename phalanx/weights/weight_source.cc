@@ -68,10 +68,17 @@ void WeightSource::read(const TensorEntry& entry, int64_t offset, int64_t left, 
   }
 }
 
+bool WeightSource::cached(const TensorEntry& entry, int64_t offset) const {
+  std::byte one{};
+  const iovec part{.iov_base = &one, .iov_len = 1};
+  return ::preadv2(checkpoint_.fd_of(entry), &part, 1, offset, RWF_NOWAIT) >= 0;
+}
+
 void WeightSource::will_read_rows(const TensorEntry& entry, int64_t row_begin, int64_t rows) {
-  if (!from_disk_.load(std::memory_order_relaxed)) return;
-  (void)::posix_fadvise(checkpoint_.fd_of(entry), entry.offset + row_begin * entry.row_bytes(),
-                        rows * entry.row_bytes(), POSIX_FADV_WILLNEED);
+  const int64_t offset = entry.offset + row_begin * entry.row_bytes();
+  const int64_t bytes = rows * entry.row_bytes();
+  if (bytes == 0 || (cached(entry, offset) && cached(entry, offset + bytes - 1))) return;
+  (void)::posix_fadvise(checkpoint_.fd_of(entry), offset, bytes, POSIX_FADV_WILLNEED);
 }
 
 int64_t WeightSource::tensors_asked() const {

@@ -29,7 +29,8 @@ class WeightSource {
   // Of every index of the first dimension, bytes [begin, begin + bytes), one after the other.
   void read_columns(const TensorEntry& entry, int64_t begin, int64_t bytes, std::byte* out);
 
-  // Those rows will be read soon: lets the disk begin, if anything so far had to come from it.
+  // Those rows will be read soon: lets the disk begin, where the system does not hold them in its
+  // cache.
   void will_read_rows(const TensorEntry& entry, int64_t row_begin, int64_t rows);
 
   [[nodiscard]] const Checkpoint& checkpoint() const { return checkpoint_; }
@@ -41,6 +42,8 @@ class WeightSource {
   std::vector<std::string> finish(const std::function<bool(std::string_view)>& known);
 
  private:
+  // Whether the system has the byte at `offset` in its cache, as far as it tells.
+  [[nodiscard]] bool cached(const TensorEntry& entry, int64_t offset) const;
   void read(const TensorEntry& entry, int64_t offset, int64_t bytes, std::byte* out);
 
   const Checkpoint& checkpoint_;
