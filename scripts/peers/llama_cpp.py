@@ -1,6 +1,6 @@
-"""llama.cpp through llama-cpp-python's C interface: one job, one JSON line on stdout.
+"""llama.cpp through llama-cpp-python's C interface: jobs in turn, one JSON list on stdout.
 
-Random token ids, greedy; the weights are converted to GGUF once, beside the other caches.
+Random token ids, greedy; the weights are converted to GGUF once (llama_gguf.py).
 """
 
 import argparse
@@ -36,18 +36,19 @@ def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--model", required=True)
     arguments.add_argument("--threads", type=int, required=True)
-    arguments.add_argument("--streams", type=int, required=True)
-    arguments.add_argument("--prompt", type=int, required=True)
-    arguments.add_argument("--output", type=int, required=True)
+    arguments.add_argument("--jobs", required=True, help="STREAMS:PROMPT:OUTPUT,...")
     a = arguments.parse_args()
     llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(
         a.model.encode(), llama_cpp.llama_model_default_params())
+    jobs = [tuple(map(int, job.split(":"))) for job in a.jobs.split(",")]
+    most = max(streams for streams, _, _ in jobs)
     p = llama_cpp.llama_context_default_params()
-    p.n_ctx = a.streams * (a.prompt + a.output + 16)
+    p.n_ctx = max(streams * (prompt + output + 16) for streams, prompt, output in jobs)
+    p.kv_unified = True  # else every stream gets an equal share of n_ctx
     p.n_batch = p.n_ubatch = 2048
-    p.n_seq_max = a.streams
+    p.n_seq_max = most
     p.n_threads = p.n_threads_batch = a.threads
     context = llama_cpp.llama_init_from_model(model, p)
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
@@ -68,10 +69,13 @@ def main():
         return started - begin, end - started, end - begin
 
     run(1, 8, 4)
-    prefill, decoding, whole = run(a.streams, a.prompt, a.output)
-    print(json.dumps({"prefill_tok_s": a.streams * a.prompt / prefill,
-                      "decode_tok_s": a.streams * (a.output - 1) / decoding if a.output > 1 else 0,
-                      "whole_tok_s": a.streams * a.output / whole}))
+    results = []
+    for streams, prompt, output in jobs:
+        prefill, decoding, whole = run(streams, prompt, output)
+        results.append({"prefill_tok_s": streams * prompt / prefill,
+                        "decode_tok_s": streams * (output - 1) / decoding,
+                        "whole_tok_s": streams * output / whole})
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

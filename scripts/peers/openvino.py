@@ -1,4 +1,4 @@
-"""OpenVINO GenAI, continuous batching: one job, one JSON line on stdout.
+"""OpenVINO GenAI, continuous batching: jobs in turn, one JSON list on stdout.
 
 The model is what `optimum-cli export openvino --weight-format fp16` made of the checkpoint. Random
 token ids, greedy.
@@ -18,10 +18,9 @@ def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--model", required=True)
     arguments.add_argument("--threads", type=int, required=True)
-    arguments.add_argument("--streams", type=int, required=True)
-    arguments.add_argument("--prompt", type=int, required=True)
-    arguments.add_argument("--output", type=int, required=True)
+    arguments.add_argument("--jobs", required=True, help="STREAMS:PROMPT:OUTPUT,...")
     a = arguments.parse_args()
+    jobs = [tuple(map(int, job.split(":"))) for job in a.jobs.split(",")]
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size = 2
     scheduler.max_num_batched_tokens = 2048
@@ -43,12 +42,14 @@ def main():
         return time.monotonic() - begin
 
     run(1, 8, 4)
-    prefill = run(a.streams, a.prompt, 1)
-    whole = run(a.streams, a.prompt, a.output) if a.output > 1 else prefill
-    print(json.dumps({"prefill_tok_s": a.streams * a.prompt / prefill,
-                      "decode_tok_s": a.streams * (a.output - 1) / (whole - prefill)
-                                      if a.output > 1 else 0,
-                      "whole_tok_s": a.streams * a.output / whole}))
+    results = []
+    for streams, prompt, output in jobs:
+        prefill = run(streams, prompt, 1)
+        whole = run(streams, prompt, output)
+        results.append({"prefill_tok_s": streams * prompt / prefill,
+                        "decode_tok_s": streams * (output - 1) / (whole - prefill),
+                        "whole_tok_s": streams * output / whole})
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""vLLM on CPUs: one job, one JSON line on stdout. Random token ids, greedy, bf16, no prefix cache."""
+"""vLLM on CPUs: jobs in turn, one JSON list on stdout. Random token ids, greedy, bf16, no prefix cache."""
 
 import argparse
 import json
@@ -11,17 +11,17 @@ def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--model", required=True)
     arguments.add_argument("--threads", type=int, required=True)
-    arguments.add_argument("--streams", type=int, required=True)
-    arguments.add_argument("--prompt", type=int, required=True)
-    arguments.add_argument("--output", type=int, required=True)
+    arguments.add_argument("--jobs", required=True, help="STREAMS:PROMPT:OUTPUT,...")
     a = arguments.parse_args()
+    jobs = [tuple(map(int, job.split(":"))) for job in a.jobs.split(",")]
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{a.threads - 1}"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
     llm = LLM(a.model, dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False,
-              max_model_len=a.prompt + a.output + 16, max_num_seqs=max(32, a.streams))
+              max_model_len=max(prompt + output + 16 for _, prompt, output in jobs),
+              max_num_seqs=max(32, *(streams for streams, _, _ in jobs)))
     source = random.Random(1)
 
     def run(streams, prompt, output):
@@ -33,12 +33,14 @@ def main():
         return time.monotonic() - begin
 
     run(1, 8, 4)
-    prefill = run(a.streams, a.prompt, 1)
-    whole = run(a.streams, a.prompt, a.output) if a.output > 1 else prefill
-    print(json.dumps({"prefill_tok_s": a.streams * a.prompt / prefill,
-                      "decode_tok_s": a.streams * (a.output - 1) / (whole - prefill)
-                                      if a.output > 1 else 0,
-                      "whole_tok_s": a.streams * a.output / whole}))
+    results = []
+    for streams, prompt, output in jobs:
+        prefill = run(streams, prompt, 1)
+        whole = run(streams, prompt, output)
+        results.append({"prefill_tok_s": streams * prompt / prefill,
+                        "decode_tok_s": streams * (output - 1) / (whole - prefill),
+                        "whole_tok_s": streams * output / whole})
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
