@@ -392,7 +392,11 @@ void Coordinator::State::tick() {
   std::unique_lock lock(mutex);
   auto last = Clock::now();
   while (!quit) {
-    cv.wait_until(lock, last + seconds(options.heartbeat_seconds), [&] { return quit; });
+    // A node whose silence reaches the limit before the next heartbeat is found then.
+    auto wake = last + seconds(options.heartbeat_seconds);
+    for (const Node& node : nodes)
+      if (node.stream != 0) wake = std::min(wake, node.contact + seconds(options.lost_seconds));
+    cv.wait_until(lock, wake, [&] { return quit; });
     const auto now = Clock::now();
     // If this process itself was held up, silence of the others proves nothing.
     const auto stall =

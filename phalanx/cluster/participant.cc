@@ -513,7 +513,9 @@ void Participant::State::tick() {
     }
     lock.lock();
     send(message, true);
-    cv.wait_until(lock, last + seconds(options.heartbeat_seconds), [&] { return quit; });
+    auto wake = last + seconds(options.heartbeat_seconds);
+    if (!ended) wake = std::min(wake, contact + seconds(options.lost_seconds));
+    cv.wait_until(lock, wake, [&] { return quit; });
     const auto now = Clock::now();
     // If this process itself was held up, silence of the master proves nothing.
     const auto stall =
