@@ -125,17 +125,20 @@ class Multiplier {
     const int64_t share = (panels + pool_.size() - 1) / pool_.size();
     pool_.run([&](int t) {
       const int64_t mine = std::min(share, panels - t * share);
-      for (int64_t done = 0; done < mine; done += ops::cpu::kGroupPanels) {
-        const int64_t count = std::min(ops::cpu::kGroupPanels, mine - done);
+      for (int64_t done = 0; done < mine;) {
+        const int64_t count = mine - done >= ops::cpu::kWidePanels
+                                  ? ops::cpu::kWidePanels
+                                  : std::min(ops::cpu::kGroupPanels, mine - done);
         int64_t& at = at_[static_cast<size_t>(t)];
         if (at + (count + 1) * panel > region_) at = 0;
-        alignas(64) float out[16 * ops::cpu::kGroupPanels];
+        alignas(64) float out[16 * ops::cpu::kWidePanels];
         const std::byte* w = memory_.get() + t * region_ + at;
         kernels_.multiply_bf16({.x = inputs_.data(), .x_stride = k, .rows = 1, .w = w,
                                 .panel_stride = panel, .panels = count, .k = k, .c = out,
-                                .c_stride = 16 * ops::cpu::kGroupPanels,
+                                .c_stride = 16 * ops::cpu::kWidePanels,
                                 .next = w + count * panel});
         at += count * panel;
+        done += count;
       }
     });
   }

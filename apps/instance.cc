@@ -24,7 +24,10 @@ using nlohmann::json;
 constexpr double kWarmUpSeconds = 120;
 constexpr double kIdlePlanSeconds = 1;  // so that a cut link is found while nothing runs
 constexpr double kSuspendSeconds = 10;  // for the engine to let go of a lost generation
-constexpr int kMostFruitless = 10;      // generations in a row that gave no token
+// Generations in a row that gave no token, over at least so long: the work is at fault, not the machine.
+constexpr int kMostFruitless = 10;
+constexpr double kFruitlessSeconds = 30;
+constexpr double kStepEndSeconds = 1;   // for the step being computed when requests are ended
 constexpr double kAnswerSeconds = 3;    // for the answers of a stop to reach the clients
 constexpr double kLeaveSeconds = 1.5;   // for ranks and nodes to leave afterwards
 
@@ -114,6 +117,7 @@ struct Instance::State {
   Clock::time_point lost_at;
   uint64_t tokens_at_loss = 0;         // main thread
   int fruitless_generations = 0;       // main thread
+  Clock::time_point fruitful;          // the first loss since tokens came last; main thread
   uint64_t recoveries = 0;
   double last_recovery_seconds = 0;
   std::string last_loss;
@@ -255,8 +259,10 @@ struct Instance::State {
     const bool fruitless =
         stats.running + stats.waiting > 0 && stats.output_tokens == tokens_at_loss;
     tokens_at_loss = stats.output_tokens;
+    if (!fruitless || fruitless_generations == 0) fruitful = Clock::now();
     fruitless_generations = fruitless ? fruitless_generations + 1 : 0;
-    if (fruitless_generations < kMostFruitless) return;
+    const std::chrono::duration<double> without = Clock::now() - fruitful;
+    if (fruitless_generations < kMostFruitless || without.count() < kFruitlessSeconds) return;
     throw Error(Code::kInternal,
                 fmt::format("the instance ended its {}th generation in a row without a token",
                             fruitless_generations));
@@ -393,7 +399,7 @@ struct Instance::State {
       return 1;
     }
     if (!in_order || !drain(Deadline::in_seconds(config.drain_seconds)))
-      engine->end_requests(Error(Code::kCancelled, "the service is stopping: " + stop_reason));
+      in_order = end_requests(Error(Code::kCancelled, "the service is stopping: " + stop_reason)) && in_order;
     in_order = in_order && !lost_now();
     close_head(Deadline::in_seconds(kAnswerSeconds));
     engine.reset();
@@ -404,6 +410,16 @@ struct Instance::State {
     stop_ranks();
     coordinator->stop(stop_reason, Deadline::in_seconds(kLeaveSeconds));
     return node.wait_ranks_stopped(Deadline::in_seconds(kLeaveSeconds)) ? 0 : 1;
+  }
+
+  // Every request gets its answer, at once: a step that takes long is not waited for. False if one was
+  // broken off, so that the ranks cannot be told to stop.
+  bool end_requests(const Error& error) {
+    engine->end_requests(error);
+    if (engine->drain(Deadline::in_seconds(kStepEndSeconds))) return true;
+    engine->fail(error);
+    (void)engine->drain(Deadline::in_seconds(kAnswerSeconds));
+    return false;
   }
 
   // The head holds on to the engine, so it goes first.

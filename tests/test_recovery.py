@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from support.instance import Instance
+from support.instance import Instance, children_of
 from support.prompts import PROMPTS
 from test_faults import wait_running
 
@@ -186,3 +186,22 @@ def test_a_drain_limit_passed_while_recovering_answers_everybody(tmp_path, model
             assert "the service is stopping: SIGTERM" in text
         assert streamed[0] == 200 and "the service is stopping: SIGTERM" in streamed[2][-300:]
         assert instance.nodes[0].wait(10) == 0
+
+
+def test_a_drain_limit_passed_in_a_step_that_does_not_end_answers_everybody(tmp_path, model):
+    body = {"model": "demo", "prompt": "Tell me a long story.", "max_tokens": 3000,
+            "temperature": 0, "ignore_eos": True}
+    with Instance(tmp_path, model, [1, 1],
+                  arguments=["--drain-seconds=1", "--stuck-seconds=0"]) as instance, \
+            concurrent.futures.ThreadPoolExecutor(1) as pool:
+        instance.start()
+        running = pool.submit(raw_completion, instance, "/v1/completions", body)
+        wait_running(instance, 1)
+        for pid in children_of(instance.nodes[1].pid):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.2)
+        instance.nodes[0].popen.send_signal(signal.SIGTERM)
+        status_code, retry, text = running.result(15)
+        assert status_code == 503 and int(retry) > 0, text
+        assert "the service is stopping: SIGTERM" in text
+        assert instance.nodes[0].wait(15) == 0
