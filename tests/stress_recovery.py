@@ -19,6 +19,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
+from support.fault_kinds import state_of  # noqa: E402
 from support.instance import Instance, children_of  # noqa: E402
 from support.paths import demo_model  # noqa: E402
 
@@ -33,6 +34,12 @@ def figures(pid):
     return {"anonymous": int(status["RssAnon"].split()[0]) << 10,
             "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
             "threads": int(status["Threads"]), "children": len(children_of(pid))}
+
+
+def living_ranks(instance):
+    """Pids of the rank processes of all nodes."""
+    return [pid for node in instance.nodes.values() for pid in children_of(node.pid)
+            if state_of(pid) not in "Z?"]
 
 
 def shared_bytes():
@@ -52,6 +59,14 @@ def wait_serving(instance, generation, seconds=60):
         if now["generation"] >= generation and now["state"] == "serving":
             return now
         assert time.monotonic() < deadline, now
+        time.sleep(0.02)
+
+
+def wait_token(instance, before, seconds=60):
+    """Until this generation has given a token: one that gives none is no return."""
+    deadline = time.monotonic() + seconds
+    while status(instance)["engine"]["output_tokens"] <= before["engine"]["output_tokens"]:
+        assert time.monotonic() < deadline, "no token after a recovery"
         time.sleep(0.02)
 
 
@@ -85,25 +100,29 @@ def main():
         done = threading.Event()
         busy = [pool.submit(keep_busy, instance, i, expected[i], done) for i in range(RUNNING)]
         now = wait_serving(instance, 0)
-        for cycle in range(a.cycles):
-            victim = choice.choice(now["ranks"])
-            begun = time.monotonic()
-            os.kill(victim["pid"], signal.SIGKILL)
-            now = wait_serving(instance, now["generation"] + 1)
-            seconds.append(time.monotonic() - begun)
-            for future in busy:
-                if future.done():
-                    future.result()
-            time.sleep(0.2)
-            samples.append(({n: figures(node.pid) for n, node in instance.nodes.items()},
-                            shared_bytes()))
-            if cycle % 10 == 9:
-                print(f"{cycle + 1:4} kills: " + "; ".join(
-                    f"node {n}: " + ", ".join(f"{v >> 20} MiB anonymous" if k == "anonymous" else
-                                              f"{v} {k}" for k, v in f.items())
-                    for n, f in samples[-1][0].items()) +
-                    f"; shared memory of the machine {samples[-1][1] >> 20} MiB", flush=True)
-        done.set()
+        try:
+            for cycle in range(a.cycles):
+                # Not by the status: what slaves told last may be of the generation before.
+                victim = choice.choice(living_ranks(instance))
+                begun = time.monotonic()
+                os.kill(victim, signal.SIGKILL)
+                now = wait_serving(instance, now["generation"] + 1)
+                seconds.append(time.monotonic() - begun)
+                wait_token(instance, now)
+                for future in busy:
+                    if future.done():
+                        future.result()
+                time.sleep(0.2)
+                samples.append(({n: figures(node.pid) for n, node in instance.nodes.items()},
+                                shared_bytes()))
+                if cycle % 10 == 9:
+                    print(f"{cycle + 1:4} kills: " + "; ".join(
+                        f"node {n}: " + ", ".join(f"{v >> 20} MiB anonymous" if k == "anonymous" else
+                                                  f"{v} {k}" for k, v in f.items())
+                        for n, f in samples[-1][0].items()) +
+                        f"; shared memory of the machine {samples[-1][1] >> 20} MiB", flush=True)
+        finally:
+            done.set()
         answers = sum(future.result(60) for future in busy)
         instance.stop(20)
     seconds.sort()
