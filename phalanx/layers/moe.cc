@@ -20,7 +20,9 @@ std::vector<Range> adjacent_or_empty(const std::vector<Range>& ranges, bool used
 
 int64_t Moe::Scratch::table_bytes(const Shape& shape, int64_t max_tokens) {
   const int64_t piece = std::min(max_tokens, kPiece);
-  return ops::ExpertRows::bytes(piece, shape.experts, shape.per_token) + piece * 8;
+  return ops::ExpertRows::bytes(piece, shape.experts, shape.per_token) + piece * 8 +
+         shape.experts *
+             static_cast<int64_t>(sizeof(ops::ExpertGated) + sizeof(ops::ExpertLinear));
 }
 
 Moe::Scratch::Scratch(Carver& carver, const Shape& shape, const ExpertLayout& layout,
@@ -28,11 +30,11 @@ Moe::Scratch::Scratch(Carver& carver, const Shape& shape, const ExpertLayout& la
     : piece(std::min(max_tokens, layout.expert_parallel() ? kExpertParallelPiece : kPiece)),
       wide(carver.matrix(act == DType::kF32 ? 0 : piece, shape.hidden, DType::kF32)),
       logits(carver.matrix(piece, shape.experts, DType::kF32)),
-      taken(carver.matrix(piece, shape.hidden, act)),
+      taken(carver.matrix(rows_at_once(piece, shape.per_token), shape.hidden, act)),
       inner(carver.matrix(piece * shape.per_token, shape.intermediate, act)),
       shared(carver.matrix(piece, shape.shared_intermediate, act)),
       shared_gate(carver.matrix(shape.shared_gate ? piece : 0, 1, DType::kF32)),
-      outer(carver.matrix(piece,
+      outer(carver.matrix(rows_at_once(piece, shape.per_token),
                           std::max(layout.outer[static_cast<size_t>(rank)].size(),
                                    layout.hidden[static_cast<size_t>(rank)].size()),
                           DType::kF32)),
@@ -48,6 +50,8 @@ Moe::Scratch::Scratch(Carver& carver, const Shape& shape, const ExpertLayout& la
   all_tokens.resize(static_cast<size_t>(piece));
   std::iota(all_tokens.begin(), all_tokens.end(), 0);
   ones.assign(static_cast<size_t>(piece), 1.0F);
+  gated.reserve(static_cast<size_t>(shape.experts));
+  linear.reserve(static_cast<size_t>(shape.experts));
 }
 
 Moe::Moe(WeightPlan& plan, const Shape& shape, const ExpertLayout& layout, DType act, int rank)
@@ -134,6 +138,14 @@ void Moe::run_piece(ops::Context& ctx, comm::Group& group, const MatrixView& x, 
   hidden_columns_.all_gather(group, out);
 }
 
+int64_t Moe::together(const ops::ExpertRows& rows, int64_t begin, int64_t end, int64_t most) {
+  int64_t count = 0;
+  int64_t e = begin;
+  while (e < end && count + rows.rows_of(e) <= most) count += rows.rows_of(e++);
+  PHALANX_CHECK(e > begin || begin == end);
+  return e;
+}
+
 MatrixView Moe::run_inner(ops::Context& ctx, comm::Group& group, const MatrixView& x,
                           Scratch& scratch) const {
   const ops::ExpertRows& rows = scratch.rows;
@@ -147,15 +159,20 @@ MatrixView Moe::run_inner(ops::Context& ctx, comm::Group& group, const MatrixVie
   const MatrixView whole = scratch.inner.rows_of(0, count);
   const MatrixView mine = whole.columns(own.begin, own.size());
   if (own.size() > 0) {
-    for (int64_t e = experts.begin; e < experts.end; ++e) {
-      const int64_t n = rows.rows_of(e);
-      if (n == 0) continue;
+    for (int64_t begin = experts.begin; begin < experts.end;) {
+      const int64_t end = together(rows, begin, experts.end, scratch.taken.rows);
+      const int64_t at = row_of(begin);
+      const int64_t n = row_of(end) - at;
       const MatrixView taken = scratch.taken.rows_of(0, n);
-      ops::take_rows(ctx, x, std::span(rows.tokens).subspan(static_cast<size_t>(row_of(e)),
+      ops::take_rows(ctx, x, std::span(rows.tokens).subspan(static_cast<size_t>(at),
                                                             static_cast<size_t>(n)),
                      taken);
-      ops::gated_linear(ctx, taken, experts_[static_cast<size_t>(e - experts.begin)].gate_up,
-                        nullptr, nullptr, mine.rows_of(row_of(e) - first, n));
+      scratch.gated.clear();
+      for (int64_t e = begin; e < end; ++e)
+        scratch.gated.push_back({.w = &experts_[static_cast<size_t>(e - experts.begin)].gate_up,
+                                 .rows = {row_of(e) - at, row_of(e + 1) - at}});
+      ops::gated_linear_of_experts(ctx, taken, scratch.gated, mine.rows_of(at - first, n));
+      begin = end;
     }
   }
   if (!layout_.expert_parallel()) {
@@ -192,20 +209,31 @@ MatrixView Moe::run_inner(ops::Context& ctx, comm::Group& group, const MatrixVie
   return whole;
 }
 
+void Moe::list_down(int64_t begin, int64_t end, Scratch& scratch) const {
+  const auto row_of = [&](int64_t e) {
+    return int64_t{scratch.rows.begin[static_cast<size_t>(e)]} -
+           scratch.rows.begin[static_cast<size_t>(begin)];
+  };
+  scratch.linear.clear();
+  for (int64_t e = begin; e < end; ++e)
+    scratch.linear.push_back(
+        {.w = &experts_[static_cast<size_t>(e - experts_of(rank_).begin)].down,
+         .rows = {row_of(e), row_of(e + 1)}});
+}
+
 void Moe::add_cut(ops::Context& ctx, const MatrixView& inner, Scratch& scratch,
                   const MatrixView& sums) const {
   const ops::ExpertRows& rows = scratch.rows;
   if (sums.cols == 0) return;
-  for (int64_t e = 0; e < shape_.experts; ++e) {
-    const int64_t n = rows.rows_of(e);
-    if (n == 0) continue;
-    const auto first = static_cast<size_t>(rows.begin[static_cast<size_t>(e)]);
-    const MatrixView outer{.data = scratch.outer.data, .dtype = DType::kF32, .rows = n,
+  for (int64_t begin = 0; begin < shape_.experts;) {
+    const int64_t end = together(rows, begin, shape_.experts, scratch.outer.rows);
+    const Range own{rows.begin[static_cast<size_t>(begin)], rows.begin[static_cast<size_t>(end)]};
+    const MatrixView outer{.data = scratch.outer.data, .dtype = DType::kF32, .rows = own.size(),
                            .cols = sums.cols, .stride = sums.cols};
-    ops::linear(ctx, inner.rows_of(static_cast<int64_t>(first), n),
-                experts_[static_cast<size_t>(e)].down, nullptr, outer);
-    ops::add_weighted_rows(ctx, outer, std::span(rows.tokens).subspan(first, static_cast<size_t>(n)),
-                           std::span(rows.weights).subspan(first, static_cast<size_t>(n)), sums);
+    list_down(begin, end, scratch);
+    ops::linear_of_experts(ctx, inner.rows_of(own.begin, own.size()), scratch.linear, outer);
+    ops::add_expert_rows(ctx, outer, own, rows, sums);
+    begin = end;
   }
 }
 
@@ -237,10 +265,12 @@ void Moe::add_exchanged(ops::Context& ctx, comm::Group& group, const MatrixView&
         .dtype = DType::kF32, .rows = rows.rows_of(e), .cols = cols, .stride = cols};
   };
   const Range experts = experts_of(rank_);
-  for (int64_t e = experts.begin; e < experts.end; ++e) {
-    if (rows.rows_of(e) == 0 || layout_.outer[rank_].size() == 0) continue;
-    ops::linear(ctx, inner.rows_of(row_of(e) - row_of(experts.begin), rows.rows_of(e)),
-                experts_[static_cast<size_t>(e - experts.begin)].down, nullptr, outer_of(rank_, e));
+  const int64_t cols = layout_.outer[rank_].size();
+  if (experts.size() > 0 && cols > 0) {
+    list_down(experts.begin, experts.end, scratch);
+    ops::linear_of_experts(ctx, inner, scratch.linear,
+                           {.data = exchange + at[rank_], .dtype = DType::kF32, .rows = inner.rows,
+                            .cols = cols, .stride = cols});
   }
   group.all_gather(exchange, 1, bytes);
   const Range hidden = layout_.hidden[rank_];

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <span>
 #include <string>
 #include <vector>
@@ -50,6 +51,10 @@ class Moe {
   // Tokens that are routed at once; a step of more is done piece by piece.
   static constexpr int64_t kPiece = 1024;
   static constexpr int64_t kExpertParallelPiece = 256;
+  // Rows whose experts are computed together: at least those of any one expert.
+  [[nodiscard]] static int64_t rows_at_once(int64_t piece, int64_t per_token) {
+    return std::min(piece * per_token, std::max<int64_t>(piece, 512));
+  }
 
   // The activations of one piece; lent to forward.
   struct Scratch {
@@ -59,16 +64,18 @@ class Moe {
     int64_t piece = 0;
     MatrixView wide;        // f32 [piece, hidden], where act is not f32
     MatrixView logits;      // f32 [piece, experts]
-    MatrixView taken;       // act [piece, hidden], of one expert
+    MatrixView taken;       // act [rows_at_once, hidden], of some experts
     MatrixView inner;       // act [piece * per_token, intermediate]
     MatrixView shared;      // act [piece, shared_intermediate]
     MatrixView shared_gate; // f32 [piece, 1]
-    MatrixView outer;       // f32 [piece, own rows of down], of one expert
+    MatrixView outer;       // f32 [rows_at_once, own rows of down], of some experts
     MatrixView sums;        // f32 [piece, own rows of hidden]
     MatrixView exchange;    // bytes of all ranks; expert parallel only
     ops::ExpertRows rows;
     std::vector<int32_t> all_tokens;  // 0, 1, 2, ...
     std::vector<float> ones;
+    std::vector<ops::ExpertGated> gated;    // room reserved
+    std::vector<ops::ExpertLinear> linear;
   };
 
   Moe(WeightPlan& plan, const Shape& shape, const ExpertLayout& layout, DType act, int rank);
@@ -88,12 +95,17 @@ class Moe {
   // Own rows of the activations of own experts, then whole among those who share them.
   MatrixView run_inner(ops::Context& ctx, comm::Group& group, const MatrixView& x,
                        Scratch& scratch) const;
+  // The down layers of experts [begin, end) and their rows, counted from the first's.
+  void list_down(int64_t begin, int64_t end, Scratch& scratch) const;
   void add_cut(ops::Context& ctx, const MatrixView& inner, Scratch& scratch,
                const MatrixView& sums) const;
   void add_exchanged(ops::Context& ctx, comm::Group& group, const MatrixView& inner,
                      Scratch& scratch, const MatrixView& sums) const;
   void add_shared(ops::Context& ctx, comm::Group& group, const MatrixView& x, Scratch& scratch,
                   const MatrixView& sums) const;
+  // The end of those of the experts [begin, end) that are computed together.
+  [[nodiscard]] static int64_t together(const ops::ExpertRows& rows, int64_t begin, int64_t end,
+                                        int64_t most);
   [[nodiscard]] const Range& experts_of(size_t rank) const { return layout_.experts[rank]; }
 
   Shape shape_;

@@ -78,10 +78,11 @@ void ExpertRows::reserve(int64_t max_tokens, int64_t experts, int64_t per_token)
   weights.reserve(rows);
   chosen.reserve(rows);
   shares.reserve(rows);
+  places.reserve(rows);
 }
 
 int64_t ExpertRows::bytes(int64_t max_tokens, int64_t experts, int64_t per_token) {
-  return 4 * (experts + 1 + 4 * max_tokens * per_token);
+  return 4 * (experts + 1 + 5 * max_tokens * per_token);
 }
 
 void route(Context& ctx, const MatrixView& logits, const float* correction, const RoutingRule& rule,
@@ -129,10 +130,12 @@ void route(Context& ctx, const MatrixView& logits, const float* correction, cons
   std::partial_sum(rows.begin.begin(), rows.begin.end(), rows.begin.begin());
   rows.tokens.resize(count);
   rows.weights.resize(count);
+  rows.places.resize(count);
   int32_t next[kMaxExperts];
   std::copy_n(rows.begin.begin(), experts, next);
   for (size_t i = 0; i < count; ++i) {
-    const auto to = static_cast<size_t>(next[rows.chosen[i]]++);
+    rows.places[i] = next[rows.chosen[i]]++;
+    const auto to = static_cast<size_t>(rows.places[i]);
     rows.tokens[to] = static_cast<int32_t>(static_cast<int64_t>(i) / per_token);
     rows.weights[to] = rows.shares[i];
   }
@@ -157,6 +160,23 @@ void add_weighted_rows(Context& ctx, const MatrixView& y, std::span<const int32_
     float* to = sums.row<float>(tokens[static_cast<size_t>(i)]);
     const float w = weights[static_cast<size_t>(i)];
     for (int64_t c = 0; c < y.cols; ++c) to[c] += w * from[c];
+  });
+}
+
+void add_expert_rows(Context& ctx, const MatrixView& y, tensor::Range rows, const ExpertRows& of,
+                     const MatrixView& sums) {
+  PHALANX_CHECK(y.dtype == DType::kF32 && sums.dtype == DType::kF32 && y.cols == sums.cols);
+  PHALANX_CHECK(y.rows == rows.size() && sums.rows > 0);
+  const auto per_token = static_cast<int64_t>(of.places.size()) / sums.rows;
+  ctx.pool().for_each(sums.rows, grain(y.cols * per_token), [&](int64_t t) {
+    float* to = sums.row<float>(t);
+    for (int64_t i = t * per_token; i < (t + 1) * per_token; ++i) {
+      const int64_t row = of.places[static_cast<size_t>(i)];
+      if (!rows.contains(row)) continue;
+      const float* from = y.row<const float>(row - rows.begin);
+      const float w = of.weights[static_cast<size_t>(row)];
+      for (int64_t c = 0; c < y.cols; ++c) to[c] += w * from[c];
+    }
   });
 }
 

@@ -2,7 +2,7 @@
 
 // Mixtures of experts: which experts a token goes to, tokens in the order of their experts, and the
 // sum of what the experts say. Plain fp32 in one fixed order, the same on every path; the products
-// are ops::linear over the rows of one expert after the other.
+// are those of ops::linear over the rows of each expert.
 
 #include <cstdint>
 #include <span>
@@ -36,6 +36,7 @@ struct ExpertRows {
   // Scratch of route.
   std::vector<int32_t> chosen;   // [T, per_token], ascending
   std::vector<float> shares;     // [T, per_token]
+  std::vector<int32_t> places;   // [T, per_token]: rows of the chosen, ascending
 
   // Room for max_tokens; nothing is allocated later.
   void reserve(int64_t max_tokens, int64_t experts, int64_t per_token);
@@ -51,6 +52,23 @@ struct ExpertRows {
 void route(Context& ctx, const MatrixView& logits, const float* correction, const RoutingRule& rule,
            int64_t per_token, ExpertRows& rows);
 
+// A layer of one expert, and its rows of x and out.
+struct ExpertLinear {
+  const PackedLinear* w = nullptr;
+  tensor::Range rows;
+};
+struct ExpertGated {
+  const PackedGated* w = nullptr;
+  tensor::Range rows;
+};
+// out[rows] = linear(x[rows], w) of each expert: the same bits, but the weights of all experts are
+// handed out to the threads together, and each passes by once for up to kTokenBlock rows. Rows are
+// adjacent and ascend from expert to expert.
+void linear_of_experts(Context& ctx, const MatrixView& x, std::span<const ExpertLinear> experts,
+                       const MatrixView& out);
+void gated_linear_of_experts(Context& ctx, const MatrixView& x,
+                             std::span<const ExpertGated> experts, const MatrixView& out);
+
 // out[i, :] = x[tokens[i], :], same dtype.
 void take_rows(Context& ctx, const MatrixView& x, std::span<const int32_t> tokens,
                const MatrixView& out);
@@ -58,6 +76,10 @@ void take_rows(Context& ctx, const MatrixView& x, std::span<const int32_t> token
 // are distinct.
 void add_weighted_rows(Context& ctx, const MatrixView& y, std::span<const int32_t> tokens,
                        std::span<const float> weights, const MatrixView& sums);
+// sums[t, :] += weight * y[row - rows.begin, :] for the rows of each token within `rows`, in ascending
+// order of its experts, each product and each sum rounded. f32.
+void add_expert_rows(Context& ctx, const MatrixView& y, tensor::Range rows, const ExpertRows& of,
+                     const MatrixView& sums);
 void set_zero(Context& ctx, const MatrixView& x);
 // out = x rounded to out.dtype, or widened to it. bf16 and f32.
 void convert_rows(Context& ctx, const MatrixView& x, const MatrixView& out);

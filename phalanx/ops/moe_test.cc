@@ -95,6 +95,21 @@ TEST(Rows, TakenWeighedAndAdded) {
   EXPECT_EQ(sums.get(0, 0), 0.0F);
 }
 
+TEST(Rows, OfExpertsAreAddedInAscendingOrder) {
+  Runner runner(Isa::kRef, 2);
+  ExpertRows rows = routed({{0, 2, 1}, {3, 0, 1}, {0, 1, 2}}, {}, 2);  // rows as SortsTokensByExpert
+  EXPECT_EQ(rows.places, (std::vector<int32_t>{1, 3, 0, 4, 2, 5}));
+  rows.weights = {1, 2, 3, 4, 5, 6};
+  const Matrix y = random_matrix(DType::kF32, 6, 7, 2);
+  Matrix sums(DType::kF32, 3, 7);
+  set_zero(runner.ctx, sums.view());
+  add_expert_rows(runner.ctx, y.view().rows_of(0, 3), {0, 3}, rows, sums.view());
+  EXPECT_EQ(sums.get(2, 1), 3 * y.get(2, 1));
+  add_expert_rows(runner.ctx, y.view().rows_of(3, 3), {3, 6}, rows, sums.view());
+  EXPECT_EQ(sums.get(0, 6), 2 * y.get(1, 6) + 4 * y.get(3, 6));
+  EXPECT_EQ(sums.get(1, 0), 1 * y.get(0, 0) + 5 * y.get(4, 0));
+}
+
 TEST(Heads, NormThenPairs) {
   Runner runner(Isa::kRef, 1);
   Matrix x = random_matrix(DType::kF32, 3, 2 + 2 * 6, 3);

@@ -26,6 +26,20 @@ void linear_quantised(Context& ctx, const MatrixView& x, const PackedLinear& w, 
 void gated_quantised(Context& ctx, const MatrixView& x, const PackedGated& w,
                      const float* gate_bias, const float* up_bias, const MatrixView& out);
 
+// One layer of a group, and its rows of x and out.
+struct GroupedLinear {
+  const PackedLinear* w = nullptr;  // of a gated layer its panels
+  int64_t outputs = 0;
+  const float* bias = nullptr;
+  const float* up_bias = nullptr;
+  tensor::Range rows;
+};
+// Layers that are not cut into parts, with adjacent runs of rows; of quantised ones no more than
+// kTokenBlock rows each. Every element as linear and gated_linear give it; the weights of all layers
+// are handed out together and pass by once.
+void linear_grouped(Context& ctx, const MatrixView& x, std::span<const GroupedLinear> layers,
+                    bool gated, const MatrixView& out);
+
 // residual += delta if delta is not nullptr; out = rms_norm(residual) if out is not nullptr.
 void add_norm(Context& ctx, const MatrixView& residual, const MatrixView* delta,
               const float* weight, float eps, const float* bias, const MatrixView* out);

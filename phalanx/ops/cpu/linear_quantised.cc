@@ -1,10 +1,10 @@
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "phalanx/ops/cpu/cpu.h"
 #include "phalanx/ops/cpu/integer_kernels.h"
 #include "phalanx/ops/cpu/kernels.h"
+#include "phalanx/ops/cpu/linear_quantised.h"
 #include "phalanx/ops/cpu/runs.h"
 #include "phalanx/ops/packing.h"
 #include "phalanx/ops/quantised.h"
@@ -23,14 +23,6 @@ Codes codes_of(Storage storage) {
                                        : Codes::kFp8;
 }
 
-// The inputs of up to kTokenBlock tokens as the kernels of w want them.
-struct Prepared {
-  const std::byte* x = nullptr;
-  int64_t stride = 0;  // bytes
-  const float* group_sums = nullptr;
-  int64_t groups = 0;
-};
-
 void reorder(const MatrixView& x, int64_t t, const PackedLinear& w, bool widened, std::byte* out) {
   const bool bf16 = x.dtype == DType::kBF16;
   for (int64_t k = 0; k < w.k; ++k) {
@@ -46,74 +38,28 @@ void reorder(const MatrixView& x, int64_t t, const PackedLinear& w, bool widened
   std::memset(out + w.k * bytes, 0, static_cast<size_t>(((w.k + 15) / 16 * 16 - w.k) * bytes));
 }
 
-Prepared prepare(Context& ctx, const MatrixView& x, const PackedLinear& w, bool pairs) {
-  Context::Scratch& s = ctx.scratch();
-  const IntegerKernels& integers = *s.integers;
-  PHALANX_CHECK(s.prepared != nullptr && w.k <= s.max_k);
-  const bool bf16 = x.dtype == DType::kBF16;
-  const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(x.dtype));
-  Prepared p{.x = static_cast<const std::byte*>(x.data), .stride = x.stride * bytes};
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, w.k));
-  if (w.storage == Storage::kInt8) {
-    PHALANX_CHECK(w.order == nullptr);
-    p = {.x = s.prepared, .stride = (w.k + 63) / 64 * 64};
-    ctx.pool().for_each(x.rows, grain, [&](int64_t t) {
-      integers.quantise(x.row<const std::byte>(0) + t * x.stride * bytes, bf16, w.input, w.k,
-                        reinterpret_cast<int8_t*>(s.prepared + t * p.stride), s.token_scale + t,
-                        s.token_sum + t);
-    });
-    return p;
-  }
-  const bool widen = bf16 && !pairs;
-  const bool copy = widen || w.order != nullptr || (pairs && w.k % 8 != 0);
-  p.groups = (w.k + w.group - 1) / w.group;
-  if (copy)
-    p = {.x = s.prepared, .stride = (w.k + 15) / 16 * 16 * (pairs ? 2 : 4), .groups = p.groups};
-  if (w.zeros) p.group_sums = s.group_sums;
-  if (!copy && !w.zeros) return p;
-  ctx.pool().for_each(x.rows, grain, [&](int64_t t) {
-    if (copy) reorder(x, t, w, widen, s.prepared + t * p.stride);
-    if (w.zeros)
-      integers.sum_groups(p.x + t * p.stride, pairs, w.k, w.group, s.group_sums + t * p.groups);
-  });
-  return p;
-}
-
-// The outputs of one item: panels by all tokens of the block, in f32.
-struct Item {
-  const PackedLinear& w;
-  const Prepared& prepared;
-  int64_t tokens = 0;
-  int64_t panel_bytes = 0;
-  Range panels;
-  int64_t next_panel = 0;
-  int64_t sum_stride = 0;  // of the rows of the result
-};
-
-float* int8_sums(Context& ctx, const Item& i, ThreadScratch& thread) {
+const float* int8_sums(const Context::Scratch& s, const QuantisedItem& i, ThreadScratch& thread) {
   constexpr int64_t kBlock = 2048;
-  const Context::Scratch& s = ctx.scratch();
   const int64_t padded = (i.w.k + 3) / 4 * 4;
   const int64_t step = i.tokens <= kTileRows ? padded : kBlock;
   const std::byte* w = i.w.data + i.panels.begin * i.panel_bytes;
   for (int64_t k = 0; k < padded; k += step) {
     const bool last = k + step >= padded;
-    s.integers->multiply_int8(
-        {.x = reinterpret_cast<const int8_t*>(i.prepared.x) + k,
-         .x_stride = i.prepared.stride,
-         .rows = i.tokens,
-         .x_sum = s.token_sum,
-         .w = w + k * kPanel,
-         .panel_stride = i.panel_bytes,
-         .panels = i.panels.size(),
-         .k = std::min(step, padded - k),
-         .c = reinterpret_cast<int32_t*>(thread.sums),
-         .c_stride = i.sum_stride,
-         .accumulate = k > 0,
-         .next = last ? i.w.data + i.next_panel * i.panel_bytes : w + (k + step) * kPanel});
+    s.integers->multiply_int8({.x = reinterpret_cast<const int8_t*>(i.inputs.x) + k,
+                               .x_stride = i.inputs.stride,
+                               .rows = i.tokens,
+                               .x_sum = i.inputs.token_sum,
+                               .w = w + k * kPanel,
+                               .panel_stride = i.panel_bytes,
+                               .panels = i.panels.size(),
+                               .k = std::min(step, padded - k),
+                               .c = reinterpret_cast<int32_t*>(thread.sums),
+                               .c_stride = i.sum_stride,
+                               .accumulate = k > 0,
+                               .next = last ? i.next : w + (k + step) * kPanel});
   }
-  s.integers->finish_int8(thread.sums, i.sum_stride, i.tokens, i.panels.size(),
-                          w + padded * kPanel, i.panel_bytes, s.token_scale, s.token_sum);
+  s.integers->finish_int8(thread.sums, i.sum_stride, i.tokens, i.panels.size(), w + padded * kPanel,
+                          i.panel_bytes, i.inputs.token_scale, i.inputs.token_sum);
   return thread.sums;
 }
 
@@ -123,18 +69,18 @@ bool streams(const Context::Scratch& s, const PackedLinear& w, int64_t tokens, b
          tokens <= kStreamRows;
 }
 
-float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs) {
-  const Context::Scratch& s = ctx.scratch();
+const float* code_sums(const Context::Scratch& s, const QuantisedItem& i, ThreadScratch& thread) {
   const IntegerKernels& integers = *s.integers;
   const PackedLinear& w = i.w;
+  const bool pairs = i.inputs.pairs;
   const Codes codes = codes_of(w.storage);
   if (streams(s, w, i.tokens, pairs)) {
     integers.stream({.codes = codes,
-                     .x = reinterpret_cast<const uint16_t*>(i.prepared.x),
-                     .x_stride = i.prepared.stride / 2,
+                     .x = reinterpret_cast<const uint16_t*>(i.inputs.x),
+                     .x_stride = i.inputs.stride / 2,
                      .rows = i.tokens,
-                     .x_sums = i.prepared.group_sums,
-                     .x_sums_stride = i.prepared.groups,
+                     .x_sums = i.inputs.group_sums,
+                     .x_sums_stride = i.inputs.groups,
                      .w = w.data + i.panels.begin * i.panel_bytes,
                      .panel_stride = i.panel_bytes,
                      .panels = i.panels.size(),
@@ -142,7 +88,7 @@ float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs)
                      .group = w.group,
                      .c = thread.totals,
                      .c_stride = i.sum_stride,
-                     .next = w.data + i.next_panel * i.panel_bytes});
+                     .next = i.next});
     return thread.totals;
   }
   // Codes become bf16 (or f16 for inputs of f32) in the cache, and then the float kernel's weights.
@@ -150,7 +96,7 @@ float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs)
                                                      : s.kernels->multiply_f16;
   const bool as_pairs = w.dtype == DType::kBF16;
   const int64_t x_bytes = pairs ? 2 : 4;
-  for (int64_t g = 0; g < i.prepared.groups; ++g) {
+  for (int64_t g = 0; g < i.inputs.groups; ++g) {
     const PackedGroup group = packed_group(w, i.panels.begin, g);
     for (int64_t k = group.k_begin; k < group.k_end; k += kExpandK) {
       const int64_t count = std::min(kExpandK, group.k_end - k);
@@ -159,8 +105,8 @@ float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs)
         integers.expand(codes,
                         group.codes + p * i.panel_bytes + code_bytes(w.storage, k - group.k_begin),
                         count, as_pairs, thread.expanded + p * stride);
-      call({.x = i.prepared.x + k * x_bytes,
-            .x_stride = i.prepared.stride / x_bytes,
+      call({.x = i.inputs.x + k * x_bytes,
+            .x_stride = i.inputs.stride / x_bytes,
             .rows = i.tokens,
             .w = thread.expanded,
             .panel_stride = stride,
@@ -172,7 +118,7 @@ float* code_sums(Context& ctx, const Item& i, ThreadScratch& thread, bool pairs)
     }
     integers.apply(thread.totals, thread.sums, i.sum_stride, i.tokens, i.panels.size(),
                    reinterpret_cast<const std::byte*>(group.scale), i.panel_bytes,
-                   w.zeros ? i.prepared.group_sums + g : nullptr, i.prepared.groups, g == 0);
+                   w.zeros ? i.inputs.group_sums + g : nullptr, i.inputs.groups, g == 0);
   }
   return thread.totals;
 }
@@ -183,13 +129,10 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
   Context::Scratch& scratch = ctx.scratch();
   ThreadPool& pool = ctx.pool();
   if (x.rows == 0 || w.rows == 0) return;
-  const bool pairs = x.dtype == DType::kBF16 && scratch.kernels->pairs;
   const int64_t bytes = quantised_panel_bytes(w.storage, w.k, w.group, w.zeros);
   const int64_t panels = panels_of(w.rows);
   const int64_t threads = pool.size();
-  const bool wide = x.rows <= kWideRows &&
-                    (w.storage == Storage::kInt8 || streams(scratch, w, x.rows, pairs));
-  int64_t unit = wide ? kWidePanels : kGroupPanels;
+  int64_t unit = widest_item(scratch, x, w);
   while (threads > 1 && unit > 2 && panels < 4 * unit * threads) unit /= 2;
   const int64_t count = (panels + unit - 1) / unit;
   const auto panels_of_item = [&](int64_t item) {
@@ -197,19 +140,26 @@ void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish f
   };
   for (int64_t t = 0; t < x.rows; t += kTokenBlock) {
     const Range tokens{t, std::min(t + kTokenBlock, x.rows)};
-    const Prepared prepared = prepare(ctx, x.rows_of(t, tokens.size()), w, pairs);
+    const MatrixView block = x.rows_of(t, tokens.size());
+    const QuantisedInputs inputs = place_inputs(scratch, block, w, 0);
+    if (!inputs.ready())
+      pool.for_each(block.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, w.k)),
+                    [&](int64_t row) { prepare_input(scratch, block, w, inputs, row); });
     scratch.next_item.store(0, std::memory_order_relaxed);
     pool.run([&](int number) {
       ThreadScratch& thread = scratch.threads[static_cast<size_t>(number)];
       for (Range now = take_run(scratch.next_item, count, threads); now.size() > 0;
            now = take_run(scratch.next_item, count, threads)) {
         for (int64_t item = now.begin; item < now.end; ++item) {
-          const Item i{.w = w, .prepared = prepared, .tokens = tokens.size(), .panel_bytes = bytes,
-                       .panels = panels_of_item(item),
-                       .next_panel = item + 1 < now.end ? (item + 1) * unit : item * unit,
-                       .sum_stride = std::max(unit, kGroupPanels) * kPanel};
-          const float* sums = w.storage == Storage::kInt8 ? int8_sums(ctx, i, thread)
-                                                          : code_sums(ctx, i, thread, pairs);
+          const int64_t next = item + 1 < now.end ? item + 1 : item;
+          const QuantisedItem i{.w = w,
+                                .inputs = inputs,
+                                .tokens = tokens.size(),
+                                .panel_bytes = bytes,
+                                .panels = panels_of_item(item),
+                                .next = w.data + next * unit * bytes,
+                                .sum_stride = std::max(unit, kGroupPanels) * kPanel};
+          const float* sums = multiply_quantised(scratch, i, thread);
           finish(sums, i.sum_stride, i.panels, tokens);
         }
       }
@@ -252,6 +202,61 @@ void gated_halves(Context& ctx, const MatrixView& x, const PackedGated& w, const
 }
 
 }  // namespace
+
+int64_t widest_item(const Context::Scratch& s, const MatrixView& x, const PackedLinear& w) {
+  const bool pairs = x.dtype == DType::kBF16 && s.kernels->pairs;
+  return x.rows <= kWideRows && (w.storage == Storage::kInt8 || streams(s, w, x.rows, pairs))
+             ? kWidePanels
+             : kGroupPanels;
+}
+
+QuantisedInputs place_inputs(const Context::Scratch& s, const MatrixView& x, const PackedLinear& w,
+                             int64_t place) {
+  PHALANX_CHECK(s.prepared != nullptr && w.k <= s.max_k);
+  PHALANX_CHECK(place + x.rows <= std::min(kTokenBlock, s.max_tokens));
+  const bool bf16 = x.dtype == DType::kBF16;
+  QuantisedInputs in{.x = static_cast<const std::byte*>(x.data),
+                     .stride = x.stride * static_cast<int64_t>(tensor::dtype_bytes(x.dtype)),
+                     .pairs = bf16 && s.kernels->pairs};
+  const auto own = [&](int64_t stride) {
+    in.x = in.own = s.prepared + place * s.prepared_stride;
+    in.stride = stride;
+  };
+  if (w.storage == Storage::kInt8) {
+    PHALANX_CHECK(w.order == nullptr);
+    own((w.k + 63) / 64 * 64);
+    in.token_scale = s.token_scale + place;
+    in.token_sum = s.token_sum + place;
+    return in;
+  }
+  in.groups = (w.k + w.group - 1) / w.group;
+  if (w.zeros) in.group_sums = s.group_sums + place * (s.max_k / kLeastGroup + 1);
+  if ((bf16 && !in.pairs) || w.order != nullptr || (in.pairs && w.k % 8 != 0))
+    own((w.k + 15) / 16 * 16 * (in.pairs ? 2 : 4));
+  return in;
+}
+
+void prepare_input(const Context::Scratch& s, const MatrixView& x, const PackedLinear& w,
+                   const QuantisedInputs& in, int64_t t) {
+  const bool bf16 = x.dtype == DType::kBF16;
+  if (w.storage == Storage::kInt8) {
+    const auto bytes = static_cast<int64_t>(tensor::dtype_bytes(x.dtype));
+    s.integers->quantise(x.row<const std::byte>(0) + t * x.stride * bytes, bf16, w.input, w.k,
+                         reinterpret_cast<int8_t*>(in.own + t * in.stride), in.token_scale + t,
+                         in.token_sum + t);
+    return;
+  }
+  if (in.own != nullptr) reorder(x, t, w, bf16 && !in.pairs, in.own + t * in.stride);
+  if (w.zeros)
+    s.integers->sum_groups(in.x + t * in.stride, in.pairs, w.k, w.group,
+                           in.group_sums + t * in.groups);
+}
+
+const float* multiply_quantised(const Context::Scratch& scratch, const QuantisedItem& item,
+                                ThreadScratch& thread) {
+  return item.w.storage == Storage::kInt8 ? int8_sums(scratch, item, thread)
+                                          : code_sums(scratch, item, thread);
+}
 
 void linear_quantised(Context& ctx, const MatrixView& x, const PackedLinear& w, const float* bias,
                       const MatrixView& out) {
