@@ -11,7 +11,7 @@ int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * 
 }  // namespace
 
 KvCache::KvCache(const Shape& shape, int64_t blocks)
-    : memory_(2 * shape.layers *
+    : memory_(shape.tensors() * shape.layers *
                   (aligned(shape.values_per_block() * blocks) +
                    aligned(shape.scales_per_block() * blocks)),
               "the KV cache of this rank") {
@@ -28,9 +28,12 @@ KvCache::KvCache(const Shape& shape, int64_t blocks)
                        .kv_heads = shape.kv_heads,
                        .head_dim = shape.head_dim};
     layer.k = take(shape.values_per_block() * blocks);
-    layer.v = take(shape.values_per_block() * blocks);
-    layer.k_row_scale = reinterpret_cast<float*>(take(shape.scales_per_block() * blocks));
-    layer.v_row_scale = reinterpret_cast<float*>(take(shape.scales_per_block() * blocks));
+    layer.v = shape.shared ? layer.k : take(shape.values_per_block() * blocks);
+    const auto scales = [&] {
+      return reinterpret_cast<float*>(take(shape.scales_per_block() * blocks));
+    };
+    layer.k_row_scale = scales();
+    layer.v_row_scale = shape.shared ? layer.k_row_scale : scales();
     layers_.push_back(layer);
   }
 }

@@ -8,7 +8,7 @@
 namespace phalanx::layers {
 
 // The paged K and V of all layers on this rank. Each layer is two tensors
-// [block][kv_head][block_size * head_dim] (ops/kv_layout.h). Untouched blocks take no memory.
+// [block][kv_head][block_size * head_dim] (ops/kv_layout.h), or one where keys are values. Untouched blocks take no memory.
 class KvCache {
  public:
   struct Shape {
@@ -17,11 +17,13 @@ class KvCache {
     int64_t head_dim = 0;
     int64_t block_size = 0;
     tensor::DType dtype = tensor::DType::kBF16;
+    bool shared = false;      // each row is key and value at once
     bool row_scales = false;  // int8 with an f32 scale per token and head, in tensors of their own
 
     [[nodiscard]] int64_t bytes_per_block() const {
-      return 2 * layers * (values_per_block() + scales_per_block());
+      return tensors() * layers * (values_per_block() + scales_per_block());
     }
+    [[nodiscard]] int64_t tensors() const { return shared ? 1 : 2; }  // of a layer
     // Bytes of a block's keys (or values) in one layer, and of their scales.
     [[nodiscard]] int64_t values_per_block() const {
       return kv_heads * head_dim * block_size * static_cast<int64_t>(tensor::dtype_bytes(dtype));

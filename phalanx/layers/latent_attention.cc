@@ -21,7 +21,7 @@ LatentAttention::Scratch::Scratch(Carver& carver, const Shape& shape, int64_t ow
       q_latent(carver.matrix(max_tokens, shape.q_lora_rank, act)),
       kv_latent(carver.matrix(max_tokens, shape.kv_lora_rank, act)),
       q(carver.matrix(max_tokens, own_heads * (shape.nope_head_dim + shape.rope_head_dim), act)),
-      rows(carver.matrix(max_tokens, (own_heads + 2) * (shape.kv_lora_rank + shape.rope_head_dim),
+      rows(carver.matrix(max_tokens, (own_heads + 1) * (shape.kv_lora_rank + shape.rope_head_dim),
                          act)),
       mixed(carver.matrix(max_tokens, own_heads * (shape.kv_lora_rank + shape.rope_head_dim), act)) {
 }
@@ -110,10 +110,9 @@ void LatentAttention::forward(ops::Context& ctx, comm::Group& group, const Matri
                 shape_.norm_eps, latent, kv_norm_bias_);
   const MatrixView turning = compressed.columns(shape_.q_lora_rank + shape_.kv_lora_rank,
                                                 shape_.rope_head_dim);
-  for (const int64_t at : {own_heads_ * row_, (own_heads_ + 1) * row_}) {
-    ops::convert_rows(ctx, turning, rows.columns(at, shape_.rope_head_dim));
-    ops::convert_rows(ctx, latent, rows.columns(at + shape_.rope_head_dim, shape_.kv_lora_rank));
-  }
+  const int64_t at = own_heads_ * row_;
+  ops::convert_rows(ctx, turning, rows.columns(at, shape_.rope_head_dim));
+  ops::convert_rows(ctx, latent, rows.columns(at + shape_.rope_head_dim, shape_.kv_lora_rank));
   if (shape_.interleaved)
     ops::prepare_heads(ctx, rows, {.begin = 0,
                                    .heads = own_heads_ + 1,

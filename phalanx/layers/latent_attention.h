@@ -39,7 +39,7 @@ class LatentAttention {
     MatrixView q_latent;    // act [T, q_lora_rank]
     MatrixView kv_latent;   // act [T, kv_lora_rank]
     MatrixView q;           // act [T, own heads * (nope + rope)]
-    MatrixView rows;        // act [T, (own heads + 2) * row]
+    MatrixView rows;        // act [T, (own heads + 1) * row]
     MatrixView mixed;       // act [T, own heads * row]
   };
   // query_heads, compressed_cut: of each rank.
@@ -53,7 +53,7 @@ class LatentAttention {
   }
 
   // x: [T, hidden]. out: act [T, heads * v_head_dim]; only own columns are written. Stores the rows
-  // of all T tokens in kv (one head of kv_lora_rank + rope_head_dim, keys and values).
+  // of all T tokens in kv (one head of kv_lora_rank + rope_head_dim, key and value at once).
   void forward(ops::Context& ctx, comm::Group& group, const MatrixView& x,
                std::span<const int32_t> positions, std::span<const int32_t> slots,
                std::span<const ops::SequenceSlice> sequences, const ops::RopeTable& rope,

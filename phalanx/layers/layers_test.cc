@@ -126,6 +126,21 @@ TEST(KvCache, LayersDoNotOverlap) {
   cache.layer(2).v[half - 1] = std::byte{1};
 }
 
+TEST(KvCache, KeysThatAreValuesAreStoredOnce) {
+  const KvCache::Shape shape{.layers = 3, .kv_heads = 1, .head_dim = 10, .block_size = 16,
+                             .dtype = DType::kI8, .shared = true, .row_scales = true};
+  EXPECT_EQ(shape.bytes_per_block(), 3 * (10 + 4) * 16);
+  const KvCache cache(shape, 5);
+  for (int64_t i = 0; i < 3; ++i) {
+    EXPECT_TRUE(cache.layer(i).shared());
+    EXPECT_EQ(cache.layer(i).v_row_scale, cache.layer(i).k_row_scale);
+    if (i > 0) {
+      EXPECT_GE(cache.layer(i).k, cache.layer(i - 1).k + 5 * 10 * 16);
+      EXPECT_GE(cache.layer(i).k, reinterpret_cast<std::byte*>(cache.layer(i - 1).k_row_scale) + 5 * 64);
+    }
+  }
+}
+
 TEST(Memory, SaysHowMuchWasRefused) {
   try {
     const Memory memory(int64_t{1} << 60, "the moon");

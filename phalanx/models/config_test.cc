@@ -171,6 +171,13 @@ TEST_F(Config, MemoryIsKnownBeforeItIsTaken) {
   EXPECT_LE(need.weight_bytes, info.parameter_bytes * 12 / 10);
   EXPECT_EQ(need.read_bytes, info.parameter_bytes);
   EXPECT_EQ(need.kv_bytes_per_block, 2 * 2 * 3 * 10 * 16 * 2);
+  // Latent rows are stored once: 2 layers, 22 + 6 values.
+  ModelOptions latent{.max_step_tokens = 8, .max_step_rows = 1, .max_sequence = 64,
+                      .block_size = 16, .weights = {1.0, 1.0}};
+  const ModelInfo deepseek = read_model_info(kData + "/deepseek_v3");
+  EXPECT_EQ(memory_need(deepseek, latent).kv_bytes_per_block, 2 * 28 * 16 * 2);
+  latent.kv = KvDtype::kInt8;
+  EXPECT_EQ(memory_need(deepseek, latent).kv_bytes_per_block, 2 * (28 + 4) * 16);
   const int64_t step = 54 * 4 + (54 + 120 + 60 + 54 + 70) * 2;  // activations of one token
   EXPECT_GE(need.workspace_bytes, 100 * step + 200 * 10 * 4);
   EXPECT_LE(need.workspace_bytes, 100 * step + 200 * 10 * 4 + 10 * (54 * 4 + 60 * 2) + 2048);

@@ -68,6 +68,7 @@ layers::KvCache::Shape kv_shape(const ModelInfo& info, const RankLayout& own,
           .head_dim = info.head_dim,
           .block_size = options.block_size,
           .dtype = format.dtype,
+          .shared = info.latent.kv_lora_rank > 0,
           .row_scales = format.row_scales};
 }
 

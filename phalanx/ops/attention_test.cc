@@ -26,6 +26,7 @@ struct Case {
     DType kv = DType::kBF16;
     bool dynamic = false;  // scales of int8
     bool offsets = false;
+    bool shared = false;  // keys are values
     std::vector<int32_t> contexts;
   };
 
@@ -50,11 +51,11 @@ struct Case {
     for (Aligned* memory : {&k, &v})
       *memory = Aligned(positions * s.head_dim * static_cast<int64_t>(tensor::dtype_bytes(s.kv)));
     layer.k = k.data();
-    layer.v = v.data();
+    layer.v = s.shared ? layer.k : v.data();
     if (s.kv == DType::kI8 && s.dynamic) {
       row_scales = random_matrix(DType::kF32, 2, positions, 5, 0.01f);
       layer.k_row_scale = row_scales.view().row<float>(0);
-      layer.v_row_scale = row_scales.view().row<float>(1);
+      layer.v_row_scale = row_scales.view().row<float>(s.shared ? 0 : 1);
     } else if (s.kv == DType::kI8) {
       channel_scales = random_matrix(DType::kF32, 4, channels, 6, 0.01f);
       for (int64_t i = 0; i < channels; ++i)
@@ -76,7 +77,7 @@ struct Case {
         for (int64_t j = 0; j < s.block_size; ++j)
           for (int64_t i = 0; i < s.head_dim; ++i) {
             set(true, b, h, j, i, any());
-            set(false, b, h, j, i, any() / 2);
+            if (!s.shared) set(false, b, h, j, i, any() / 2);
           }
     std::vector<int32_t> ids(static_cast<size_t>(layer.blocks));
     std::iota(ids.begin(), ids.end(), 0);
@@ -98,7 +99,7 @@ struct Case {
           }
           for (int64_t i = 0; i < s.head_dim; ++i) {
             set(true, b, h, offset, i, std::numeric_limits<float>::quiet_NaN());
-            set(false, b, h, offset, i, std::numeric_limits<float>::infinity());
+            if (!s.shared) set(false, b, h, offset, i, std::numeric_limits<float>::infinity());
           }
         }
       }
@@ -317,6 +318,21 @@ TEST_P(AttentionOf, GivesTheBitsOfItsClass) {
                         .contexts = {300, 17}});
     }
   }
+  // Few and many rows of a block, so that int8 is read as it is and widened.
+  for (const int64_t heads : {2, 14})
+    for (const int64_t head_dim : {9, 48})
+      for (const auto& [act, kv] :
+           {std::pair(DType::kBF16, DType::kBF16), std::pair(DType::kBF16, DType::kI8),
+            std::pair(DType::kF32, DType::kF32), std::pair(DType::kF32, DType::kI8)})
+        shapes.push_back({.q_heads = heads,
+                          .group = heads,
+                          .head_dim = head_dim,
+                          .block_size = heads == 2 ? 32 : 16,
+                          .act = act,
+                          .kv = kv,
+                          .dynamic = kv == DType::kI8,
+                          .shared = true,
+                          .contexts = {heads == 2 ? 260 : 20, 7}});
   shapes.push_back({.q_heads = 2,
                     .head_dim = 16,
                     .block_size = 128,

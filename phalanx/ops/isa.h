@@ -29,6 +29,6 @@ enum class NumericClass { kFma32, kBf16Dp, kAmx };
 [[nodiscard]] std::string_view isa_note();
 
 // Rises whenever the bits of any kernel change; must agree between nodes.
-inline constexpr int kNumericsVersion = 3;
+inline constexpr int kNumericsVersion = 4;
 
 }  // namespace phalanx::ops

@@ -6,6 +6,7 @@
 //              V [offset][i]): what the products of attention stream through. Used when block_size
 //              and head_dim are multiples of 16.
 //   in rows    K and V [offset][i]: other shapes.
+// Rows that are keys and values at once lie as keys.
 // A block is whole in itself: blocks may be copied and moved as bytes.
 
 #include <cstdint>
@@ -51,6 +52,7 @@ inline constexpr int64_t kKvUnit = 16;
 }
 [[nodiscard]] inline int64_t kv_value_index(const KvLayer& kv, int64_t block, int64_t kv_head,
                                             int64_t offset, int64_t i) {
+  if (kv.shared()) return kv_key_index(kv, block, kv_head, offset, i);
   return kv_head_index(kv, block, kv_head) +
          (kv_in_panels(kv) ? value_panel_index(offset, i, kv.head_dim, kv.dtype == DType::kF32)
                            : offset * kv.head_dim + i);

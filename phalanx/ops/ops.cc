@@ -58,6 +58,7 @@ void check_kv(const KvLayer& kv) {
     PHALANX_CHECK(is_act(kv.dtype) && kv.k_scale == nullptr && kv.v_scale == nullptr);
     PHALANX_CHECK(kv.k_row_scale == nullptr && kv.v_row_scale == nullptr);
   }
+  PHALANX_CHECK(!kv.shared() || (kv.k_scale == nullptr && kv.k_row_scale == kv.v_row_scale));
   PHALANX_CHECK(kv.block_size > 0 && kv.kv_heads > 0 && kv.head_dim > 0);
 }
 
@@ -134,7 +135,7 @@ void rope_and_store(Context& ctx, const MatrixView& qkv, int64_t q_heads, const 
   check_matrix(qkv);
   check_kv(kv);
   PHALANX_CHECK(is_act(qkv.dtype) && q_heads >= 0);
-  PHALANX_CHECK(qkv.cols == (q_heads + 2 * kv.kv_heads) * kv.head_dim);
+  PHALANX_CHECK(qkv.cols == (q_heads + (kv.shared() ? 1 : 2) * kv.kv_heads) * kv.head_dim);
   PHALANX_CHECK(rope.rotary_dim % 2 == 0 && rope.rotary_dim <= kv.head_dim);
   PHALANX_CHECK(static_cast<int64_t>(positions.size()) == qkv.rows &&
                 static_cast<int64_t>(slots.size()) == qkv.rows);

@@ -154,6 +154,9 @@ void append_position(RopeTable& table, std::span<const float> inv_freq, float sc
 //            offset of keys shifts all scores of a row alike, so only rope_and_store needs it.
 //   dynamic  k_row_scale, v_row_scale f32 [block][kv_head][block_size], one per token and head,
 //            largest magnitude / 127, written by rope_and_store.
+//
+// Where v is k (and v_row_scale is k_row_scale) each row is stored once, rotated, as key and as value
+// (MLA); there are no fixed scales then.
 struct KvLayer {
   std::byte* k = nullptr;
   std::byte* v = nullptr;
@@ -169,10 +172,12 @@ struct KvLayer {
   const float* v_offset = nullptr;
   float* k_row_scale = nullptr;
   float* v_row_scale = nullptr;
+
+  [[nodiscard]] bool shared() const { return v == k; }
 };
 
 // qkv: f32 or act [T, (q_heads + 2 * kv_heads) * head_dim] as linear wrote it: q heads, k heads,
-// v heads. Rotates q and k (half-split pairs i, i + rotary_dim/2) in f32, writes q back rounded to
+// v heads (no v heads where kv is shared). Rotates q and k (half-split pairs i, i + rotary_dim/2) in f32, writes q back rounded to
 // qkv.dtype, and stores k and v, rounded once to kv.dtype, in slot[t] = block * block_size +
 // offset.
 void rope_and_store(Context& ctx, const MatrixView& qkv, int64_t q_heads, const RopeTable& rope,

@@ -3,6 +3,7 @@
 
 #include "phalanx/ops/cpu/cpu.h"
 #include "phalanx/ops/cpu/kernels.h"
+#include "phalanx/ops/cpu/keys_as_values.h"
 #include "phalanx/ops/cpu/runs.h"
 #include "phalanx/ops/kv_layout.h"
 #include "phalanx/ops/scratch.h"
@@ -238,6 +239,16 @@ class Attention {
     return units.size();
   }
 
+  // The keys of `units` as values.
+  int64_t turned_units(const Units& units, const ThreadScratch& t, const std::byte** out) const {
+    for (int64_t u = 0; u < units.count; ++u) {
+      std::byte* values = t.values + u * kKvUnit * kv_.head_dim * element_;
+      keys_as_values(units.type, units.at[u], kv_.head_dim, values);
+      out[u] = values;
+    }
+    return units.count;
+  }
+
   // Copies KV that is not stored in panels, and widens int8 for blocks of many rows.
   void unpack(const AttentionItem& item, Range span, bool widen, const ThreadScratch& t,
               Units& units) const {
@@ -260,8 +271,11 @@ class Attention {
         const int64_t at = kv_head_index(kv_, place.block, item.kv_head) + place.offset * n;
         kernels_.widen_i8(reinterpret_cast<const int8_t*>(kv_.k) + at, key_unit,
                           reinterpret_cast<uint16_t*>(keys));
-        kernels_.widen_i8(reinterpret_cast<const int8_t*>(kv_.v) + at, value_unit,
-                          reinterpret_cast<uint16_t*>(values));
+        if (kv_.shared())
+          keys_as_values(units.type, keys, n, values);
+        else
+          kernels_.widen_i8(reinterpret_cast<const int8_t*>(kv_.v) + at, value_unit,
+                            reinterpret_cast<uint16_t*>(values));
         continue;
       }
       std::memset(keys, 0, static_cast<size_t>(key_unit * element));
@@ -310,7 +324,10 @@ class Attention {
     units.type = type_of(kv_.dtype);
     const std::byte** at = units.at;
     at += stored_units(item, span, kv_.k, at);
-    at += stored_units(item, span, kv_.v, at);
+    if (kv_.shared())
+      at += turned_units(units, t, at);
+    else
+      at += stored_units(item, span, kv_.v, at);
     units.ahead =
         std::clamp<int64_t>(kAheadBytes / (kKvUnit * kv_.head_dim * element_), 1, kChunkUnits);
     const std::byte** known = units.at + 2 * units.count;

@@ -102,6 +102,7 @@ void rope_and_store(Context& ctx, const MatrixView& qkv, int64_t q_heads, const 
       kernels.rope(head(q_heads + h), in_bf16, cos, sin, half, head_dim, row, to_bf16);
       store_row(kernels, kv, block, h, offset, true, row, kv.k_scale, kv.k_offset,
                 kv.k_row_scale != nullptr ? kv.k_row_scale + scale : nullptr);
+      if (kv.shared()) continue;
       kernels.convert(head(q_heads + kv.kv_heads + h), in_bf16, head_dim, row, to_bf16);
       store_row(kernels, kv, block, h, offset, false, row, kv.v_scale, kv.v_offset,
                 kv.v_row_scale != nullptr ? kv.v_row_scale + scale : nullptr);

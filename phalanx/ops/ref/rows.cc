@@ -84,6 +84,7 @@ void rope_and_store(const MatrixView& qkv, int64_t q_heads, const RopeTable& rop
           kv.k, kv.k_scale, kv.k_offset, kv.k_row_scale,
           [&](int64_t i) { return kv_key_index(kv, block, head, offset, i); },
           [&](int64_t i) { return rotated(q_heads + head, i); });
+      if (kv.shared()) continue;
       keep(
           kv.v, kv.v_scale, kv.v_offset, kv.v_row_scale,
           [&](int64_t i) { return kv_value_index(kv, block, head, offset, i); },
