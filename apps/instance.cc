@@ -106,6 +106,7 @@ struct Instance::State {
   std::unique_ptr<Head> head;                         // master
   bool opened = false;                                // the head; main thread
   std::string success_line;
+  std::function<std::shared_ptr<const net::TlsMaterial>()> renewed_tls;
 
   mutable std::mutex mutex;
   std::condition_variable changed;
@@ -474,6 +475,10 @@ Instance::Instance(const NodeConfig& config, const NodePlan& plan) {
 Instance::~Instance() = default;
 
 void Instance::set_head(std::unique_ptr<Head> head) { state_->head = std::move(head); }
+void Instance::set_renewed_tls(
+    std::function<std::shared_ptr<const net::TlsMaterial>()> renewed) {
+  state_->renewed_tls = std::move(renewed);
+}
 void Instance::set_success_line(std::string line) { state_->success_line = std::move(line); }
 bool Instance::is_master() const { return state_->master(); }
 void Instance::stop(const std::string& reason) { state_->request_stop(reason); }
@@ -487,6 +492,7 @@ int Instance::run() {
       .own_server = state_->config.own_server,
       .port = static_cast<uint16_t>(state_->config.backend.multi_nodes_port),
       .tls = state_->config.inter_node.material,
+      .renewed_tls = state_->renewed_tls,
       .facts = join_facts(state_->config, state_->plan),
       .offer = state_->node.offer(),
       .join_seconds = state_->config.connect_timeout_s,

@@ -43,6 +43,8 @@ class Instance {
 
   // Master only; null on slaves. Lives until the end of run().
   void set_head(std::unique_ptr<Head> head);
+  // What the certificate between nodes is by now (cluster::ControlOptions); outlives run().
+  void set_renewed_tls(std::function<std::shared_ptr<const net::TlsMaterial>()> renewed);
   // Printed on stdout by every node when the whole instance serves; empty: nothing.
   void set_success_line(std::string line);
 

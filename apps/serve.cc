@@ -78,7 +78,7 @@ std::unique_ptr<api::PlaneTls> open_tls(const ServerConfig& server) {
   return std::make_unique<api::PlaneTls>(std::move(planes), warnings, api::PlaneTls::Options{});
 }
 
-// Tells of certificates between nodes that end soon, or whose files have changed; null without TLS.
+// The certificate between nodes as its files are; null without TLS.
 std::unique_ptr<api::PlaneTls> watch_inter_node(const NodeConfig& config) {
   if (config.inter_node.material == nullptr) return nullptr;
   Problems warnings;
@@ -86,8 +86,7 @@ std::unique_ptr<api::PlaneTls> watch_inter_node(const NodeConfig& config) {
       std::vector{api::PlaneTls::Plane{
           .files = config.inter_node.material->files(),
           .needs = cluster::node_needs(config.table, config.own_server),
-          .address = {},
-          .live = false}},
+          .address = {}}},
       warnings, api::PlaneTls::Options{});
 }
 
@@ -315,6 +314,11 @@ int serve_main(int argc, char** argv) {
   std::unique_ptr<api::PlaneTls> inter_node;  // the head looks at it
   Instance instance(config, plan);
   inter_node = watch_inter_node(config);  // its thread must not take the signals blocked just now
+  if (inter_node != nullptr)
+    instance.set_renewed_tls([tls = inter_node.get()] {
+      const auto context = tls->current(0);
+      return std::shared_ptr<const net::TlsMaterial>(context, &context->material());
+    });
   const ConfigWatch watch(config.config_path, log.level);
   instance.set_success_line("Daemon start success!");
   if (instance.is_master()) instance.set_head(std::make_unique<HttpHead>(config, plan, instance, inter_node.get()));

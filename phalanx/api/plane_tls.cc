@@ -116,12 +116,13 @@ void PlaneTls::warn_of_expiry(Kept& kept) {
       expiry_warning(kept.context->material().own(), now, options_.warn_days);
   if (text.empty()) return;
   kept.warned_day = now / kDay;
-  log_warn("{}: {}; renew {} ({})", name_of(kept), text, kept.plane.files.certificate,
-           kept.plane.live ? "new connections use it without a restart" : "the next start uses it");
+  log_warn("{}: {}; renew {} (new connections use it without a restart)", name_of(kept), text,
+           kept.plane.files.certificate);
 }
 
 std::string PlaneTls::name_of(const Kept& kept) {
-  return kept.plane.live ? kept.plane.files.plane + " plane" : kept.plane.files.plane;
+  const std::string& name = kept.plane.files.plane;
+  return name == "between nodes" ? name : name + " plane";
 }
 
 // Only this thread writes planes_ after construction.
@@ -141,11 +142,6 @@ void PlaneTls::watch(const std::stop_token& stop) {
         continue;
       }
       const auto& info = context->material().own();
-      if (!kept.plane.live) {
-        log_info("{}: the next start uses the certificate {} (serial {}), which ends on {}",
-                 name_of(kept), info.subject, info.serial, net::time_text(info.not_after));
-        continue;
-      }
       log_info("{}: new connections use the certificate {} (serial {}), which ends on {}",
                name_of(kept), info.subject, info.serial, net::time_text(info.not_after));
       const std::lock_guard lock(mutex_);

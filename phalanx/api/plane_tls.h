@@ -14,7 +14,7 @@
 
 namespace phalanx::api {
 
-// The certificates of the HTTPS planes, kept as their files are: a renewed certificate, key or
+// The certificates of some planes, kept as their files are: a renewed certificate, key or
 // authority serves new connections within seconds and without a restart. What would not pass the
 // checks of a start is not taken: the old one stays, and a warning says why. A certificate that ends
 // within 30 days is warned of once a day.
@@ -25,8 +25,6 @@ class PlaneTls {
     net::TlsNeeds needs;
     std::string address;  // what it listens on; a certificate that names hosts only is a warning
     bool mutual = true;   // clients must show a certificate
-    // False: new files are looked at and told of, and used by the next start (between nodes).
-    bool live = true;
   };
   struct Options {
     double look_seconds = 2;

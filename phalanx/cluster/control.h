@@ -106,6 +106,8 @@ struct ControlOptions {
   uint16_t port = 1120;                 // multiNodesInferPort, on the master's address
   // Mutual TLS 1.3: this node's certificate, and how others' are judged. Null: in the clear.
   std::shared_ptr<const net::TlsMaterial> tls;
+  // What `tls` is by now: new connections use it, within seconds. From any thread. Empty: it stays.
+  std::function<std::shared_ptr<const net::TlsMaterial>()> renewed_tls;
   JoinFacts facts;
   NodeOffer offer;
   double join_seconds = 0;              // longest wait for all nodes; 0: for ever, with a line

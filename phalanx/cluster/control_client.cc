@@ -52,7 +52,7 @@ struct ControlClient::State final : public grpc::ClientBidiReactor<FromNode, Fro
   State(const std::string& address, uint16_t port, const ControlSecurity& security,
         Handler& handler)
       : handler(handler),
-        tls(security.tls),
+        tls(security.current()),
         channel(make_channel(address, port, security, note)),
         stub(control::v1::Control::NewStub(channel)) {}
 

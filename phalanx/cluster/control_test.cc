@@ -217,6 +217,54 @@ TEST_F(ControlTls, ASlaveRefusesAFalseMasterByName) {
       << outcome.text;
 }
 
+// What a file watcher would hold.
+class Renewed {
+ public:
+  explicit Renewed(std::shared_ptr<const net::TlsMaterial> tls) : tls_(std::move(tls)) {}
+  void renew(std::shared_ptr<const net::TlsMaterial> tls) {
+    const std::lock_guard lock(mutex_);
+    tls_ = std::move(tls);
+  }
+  std::shared_ptr<const net::TlsMaterial> get() {
+    const std::lock_guard lock(mutex_);
+    return tls_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::shared_ptr<const net::TlsMaterial> tls_;
+};
+
+TEST_F(ControlTls, RenewedCertificatesServeWithoutARestart) {
+  make_nodes(2);
+  Renewed master(certificates_.material("127.0.0.9", "inter-node:master"));
+  ControlOptions given = with(0, master.get());
+  given.renewed_tls = [&] { return master.get(); };
+  make_master(given);
+  net::CertificateOrder ended = order(1);
+  ended.not_after = net::TestCertificates::now() - 60;
+  Renewed slave(certificates_.material(ended));
+  ControlOptions late = with(1, slave.get());
+  late.renewed_tls = [&] { return slave.get(); };
+  start_slave(1, late);
+  EXPECT_EQ(slave_outcome(1).code, Code::kPermissionDenied);  // it refuses this master
+
+  master.renew(good(0));
+  // Now the slave goes on, and it is the master that refuses.
+  const Deadline deadline = Deadline::in_seconds(20);
+  while (!contains(log(), "certificate has expired") && !deadline.passed()) {
+    start_slave(1, late);
+    while (slaves_[1].outcome.wait_for(50ms) != std::future_status::ready &&
+           !contains(log(), "certificate has expired")) {
+    }
+  }
+  ASSERT_TRUE(contains(log(), "certificate has expired")) << log();
+  slave.renew(good(1));
+  EXPECT_EQ(start_master().text, "");  // the same slave, at its next try
+  coordinator_->stop("enough", Deadline::in_seconds(5));
+  EXPECT_EQ(slave_outcome(1).text, "");
+}
+
 TEST_F(ControlTls, AnotherNodesCertificateCannotClaimTheEntry) {
   make_nodes(3);
   make_master(with(0, good(0)));

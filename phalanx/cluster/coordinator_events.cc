@@ -55,7 +55,8 @@ Coordinator::State::State(const ControlOptions& given, NodeActions& actions)
     server_owner = std::make_unique<ControlServer>(
         ControlServer::Options{.address = own.name, .port = options.port,
                                .max_streams = 2 * nodes.size() + 8,
-                               .security = {options.tls, options.table, options.own_server}},
+                               .security = {options.tls, options.table, options.own_server,
+                                            options.renewed_tls}},
         *this);
     server = server_owner.get();
     log_info("control plane listens on {}", net::endpoint(own.name, options.port));

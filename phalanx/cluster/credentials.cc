@@ -7,10 +7,21 @@
 #include <grpcpp/security/tls_certificate_verifier.h>
 #include <grpcpp/security/tls_credentials_options.h>
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
 #include <cstdlib>
+#include <cstring>
+#include <thread>
 
 #include "phalanx/base/log.h"
 #include "phalanx/base/log_limit.h"
+#include "phalanx/base/unique_fd.h"
 #include "phalanx/net/address.h"
 
 namespace phalanx::cluster {
@@ -18,13 +29,17 @@ namespace {
 
 using Judge = std::function<std::string(const net::CertificateInfo&)>;
 using Told = std::function<void(const std::string&)>;
+using Current = std::function<std::shared_ptr<const net::TlsMaterial>()>;
 
 // gRPC hands over the peer's chain after the handshake has proved that it owns the key, and parses
 // nothing of the peer's before this has answered.
 class Verifier final : public grpc::experimental::ExternalCertificateVerifier {
  public:
-  Verifier(std::shared_ptr<const net::TlsMaterial> tls, net::Usage usage, Judge judge, Told told)
-      : tls_(std::move(tls)), usage_(usage), judge_(std::move(judge)), told_(std::move(told)) {}
+  Verifier(Current current, net::Usage usage, Judge judge, Told told)
+      : current_(std::move(current)),
+        usage_(usage),
+        judge_(std::move(judge)),
+        told_(std::move(told)) {}
 
   bool Verify(grpc::experimental::TlsCustomVerificationCheckRequest* request,
               std::function<void(grpc::Status)>, grpc::Status* status) override {
@@ -51,7 +66,7 @@ class Verifier final : public grpc::experimental::ExternalCertificateVerifier {
         for (net::Certificate& above : net::Certificate::parse(rest, "certificate of the peer"))
           if (above.info().fingerprint != chain[0].info().fingerprint)
             chain.push_back(std::move(above));
-      if (const auto found = tls_->verifier().problem(chain, usage_, "certificate of the peer"))
+      if (const auto found = current_()->verifier().problem(chain, usage_, "certificate of the peer"))
         return to_string(*found);
       return judge_(chain[0].info());
     } catch (const std::exception& error) {
@@ -59,7 +74,7 @@ class Verifier final : public grpc::experimental::ExternalCertificateVerifier {
     }
   }
 
-  const std::shared_ptr<const net::TlsMaterial> tls_;
+  const Current current_;
   const net::Usage usage_;
   const Judge judge_;
   const Told told_;
@@ -82,6 +97,81 @@ std::shared_ptr<grpc::experimental::CertificateProviderInterface> provider(
       tls.authorities_pem(), std::vector<grpc::experimental::IdentityKeyCertPair>{
                                  {std::string(tls.key_pem().view()), tls.chain_pem()}});
 }
+
+// The server's certificate, as ControlSecurity::current() has it. This version of gRPC takes renewed
+// ones from files only, with unencrypted keys: so they lie in memory that only this process's own
+// descriptors lead to, as one file that is replaced whole.
+class OwnCertificate {
+ public:
+  explicit OwnCertificate(const ControlSecurity& security)
+      : security_(security), material_(security.current()), file_(write(*material_)) {
+    only_tls_1_3();
+    const std::string path = fmt::format("/proc/self/fd/{}", file_.get());
+    provider_ = std::make_shared<grpc::experimental::FileWatcherCertificateProvider>(
+        path, path, kLookSeconds);
+    if (security_.renewed) watcher_ = std::jthread([this](const std::stop_token& s) { watch(s); });
+  }
+  ~OwnCertificate() {
+    watcher_.request_stop();
+    wake_.notify_all();
+  }
+  OwnCertificate(const OwnCertificate&) = delete;
+  OwnCertificate& operator=(const OwnCertificate&) = delete;
+
+  [[nodiscard]] std::shared_ptr<grpc::experimental::CertificateProviderInterface> provider() const {
+    return provider_;
+  }
+  [[nodiscard]] std::shared_ptr<const net::TlsMaterial> current() const {
+    const std::lock_guard lock(mutex_);
+    return material_;
+  }
+
+ private:
+  static constexpr unsigned kLookSeconds = 1;
+
+  static UniqueFd write(const net::TlsMaterial& material) {
+    UniqueFd file(::memfd_create("phalanx-control-certificate", MFD_CLOEXEC));
+    const auto put = [&](std::string_view text) {
+      while (file.valid() && !text.empty()) {
+        const ssize_t n = ::write(file.get(), text.data(), text.size());
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) file.reset();
+        text.remove_prefix(static_cast<size_t>(std::max<ssize_t>(n, 0)));
+      }
+    };
+    put(material.key_pem().view());
+    put(material.chain_pem());
+    if (!file.valid())
+      throw Error(Code::kResourceExhausted,
+                  fmt::format("no memory for the certificate of the control port: {}",
+                              std::strerror(errno)));
+    return file;
+  }
+
+  void watch(const std::stop_token& stop) {
+    std::unique_lock lock(mutex_);
+    while (!wake_.wait_for(lock, stop, std::chrono::seconds(kLookSeconds), [] { return false; }) &&
+           !stop.stop_requested()) {
+      auto now = security_.renewed();
+      if (now == material_) continue;
+      try {
+        const UniqueFd fresh = write(*now);
+        if (::dup3(fresh.get(), file_.get(), O_CLOEXEC) < 0) continue;
+        material_ = std::move(now);
+      } catch (const std::exception& error) {
+        log_warn("control plane: {}; the old certificate stays", error.what());
+      }
+    }
+  }
+
+  const ControlSecurity security_;
+  mutable std::mutex mutex_;
+  std::condition_variable_any wake_;
+  std::shared_ptr<const net::TlsMaterial> material_;  // guarded by mutex_
+  const UniqueFd file_;
+  std::shared_ptr<grpc::experimental::CertificateProviderInterface> provider_;
+  std::jthread watcher_;
+};
 
 }  // namespace
 
@@ -140,8 +230,8 @@ std::shared_ptr<grpc::ServerCredentials> server_credentials(const ControlSecurit
     std::string note;
     if (limit->allow(&note)) log_warn("control plane refused a peer: {}{}", sentence, note);
   };
-  grpc::experimental::TlsServerCredentialsOptions options(provider(*security.tls));
-  options.watch_root_certs();
+  const auto own = std::make_shared<OwnCertificate>(security);
+  grpc::experimental::TlsServerCredentialsOptions options(own->provider());
   options.watch_identity_key_cert_pairs();
   // "Don't verify" is gRPC's own part; the verifier below does all of it, with reasons.
   options.set_cert_request_type(
@@ -149,7 +239,7 @@ std::shared_ptr<grpc::ServerCredentials> server_credentials(const ControlSecurit
   options.set_check_call_host(false);
   options.set_certificate_verifier(
       grpc::experimental::ExternalCertificateVerifier::Create<Verifier>(
-          security.tls, net::Usage::kClient, judge, told));
+          [own] { return own->current(); }, net::Usage::kClient, judge, told));
   return grpc::experimental::TlsServerCredentials(options);
 }
 
@@ -161,14 +251,15 @@ std::shared_ptr<grpc::ChannelCredentials> channel_credentials(const ControlSecur
     return problem ? to_string(*problem) : std::string();
   };
   grpc::experimental::TlsChannelCredentialsOptions options;
-  options.set_certificate_provider(provider(*security.tls));
+  const auto current = security.current();
+  options.set_certificate_provider(provider(*current));
   options.watch_root_certs();
   options.watch_identity_key_cert_pairs();
   options.set_verify_server_certs(false);
   options.set_check_call_host(false);
   options.set_certificate_verifier(
       grpc::experimental::ExternalCertificateVerifier::Create<Verifier>(
-          security.tls, net::Usage::kServer, judge,
+          [current] { return current; }, net::Usage::kServer, judge,
           [note = std::move(note)](const std::string& sentence) { note->set(sentence); }));
   return grpc::experimental::TlsCredentials(options);
 }

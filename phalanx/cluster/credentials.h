@@ -20,6 +20,11 @@ struct ControlSecurity {
   std::shared_ptr<const net::TlsMaterial> tls;
   RankTable table;
   int own_server = 0;
+  std::function<std::shared_ptr<const net::TlsMaterial>()> renewed;  // what `tls` is by now; or empty
+
+  [[nodiscard]] std::shared_ptr<const net::TlsMaterial> current() const {
+    return tls != nullptr && renewed ? renewed() : tls;
+  }
 };
 
 inline constexpr std::string_view kMasterRole = "inter-node:master";
@@ -57,7 +62,8 @@ class RefusalNote {
 
 // How the two ends of the control plane prove themselves: mutual TLS 1.3, each side's certificate
 // judged by net::PeerVerifier (revocation lists as they are on disk at that moment) and against the
-// rank table, before a byte of HTTP/2 is parsed. Refusals are logged, a bounded number of them.
+// rank table, before a byte of HTTP/2 is parsed. Refusals are logged, a bounded number of them. The
+// server's follow ControlSecurity::current(); a channel's are those of the moment it is made.
 [[nodiscard]] std::shared_ptr<grpc::ServerCredentials> server_credentials(
     const ControlSecurity& security);
 [[nodiscard]] std::shared_ptr<grpc::ChannelCredentials> channel_credentials(

@@ -161,7 +161,7 @@ void Participant::State::run() {
     lock.unlock();
     client = std::make_unique<ControlClient>(
         master, options.port,
-        ControlSecurity{options.tls, options.table, options.own_server}, *this);
+        ControlSecurity{options.tls, options.table, options.own_server, options.renewed_tls}, *this);
     lock.lock();
     const bool joined = wait_welcome(lock);
     if (joined) {
