@@ -12,8 +12,8 @@
 #include <filesystem>
 
 #include "apps/certs_layout.h"
+#include "phalanx/base/guarded_file.h"
 #include "phalanx/base/unique_fd.h"
-#include "phalanx/net/security_file.h"
 
 namespace phalanx::apps {
 namespace {
@@ -43,6 +43,7 @@ net::Secret read_line(const std::string& prompt) {
     ::tcsetattr(STDIN_FILENO, TCSAFLUSH, &hidden);
   }
   std::string text;
+  text.reserve(1024);  // no copies left behind by growth
   char c = 0;
   while (text.size() < 1024 && ::read(STDIN_FILENO, &c, 1) == 1 && c != '\n') text += c;
   if (terminal) {
@@ -72,10 +73,12 @@ void write_security_file(const std::string& path, std::string_view text) {
   if (::fsync(fd.get()) != 0 || ::rename(fresh.c_str(), path.c_str()) != 0) fail(path, "write it");
 }
 
-net::Secret read_or_throw(const std::string& path) {
+net::Secret read_or_throw(const std::string& path, mode_t max_mode) {
   Problems problems;
   Problems warnings;
-  std::string text = net::read_security_file(path, problems, warnings);
+  std::string text = read_guarded_file(
+      path, {.max_mode = max_mode, .owner_x_warns = true, .check_switch_applies = false}, problems,
+      warnings);
   problems.throw_if_any("cannot use this file");
   net::Secret secret(text);
   net::wipe(text);

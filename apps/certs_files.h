@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/types.h>
+
 #include <string>
 #include <string_view>
 
@@ -13,8 +15,9 @@ namespace phalanx::apps {
 // 0700. Throws Error naming path and cause.
 void write_security_file(const std::string& path, std::string_view text);
 
-// The text of a security file, admitted by its rules. Throws Error with the problem.
-[[nodiscard]] net::Secret read_or_throw(const std::string& path);
+// The text of a security file, admitted by its rules and at most that mode. Throws Error with the
+// problem.
+[[nodiscard]] net::Secret read_or_throw(const std::string& path, mode_t max_mode = 0640);
 
 // Asks for a password, twice if `twice`, on the terminal without echo, or reads one line of standard
 // input where that is no terminal. Throws Error(kInvalidArgument) if the two differ or none comes.

@@ -13,6 +13,10 @@
 namespace phalanx::apps {
 namespace {
 
+// Of files to be imported, as the import tool of the guides insists.
+constexpr mode_t kPublicMode = 0600;
+constexpr mode_t kKeyMode = 0400;
+
 const PlaneLayout& plane_of(const std::string& name) {
   for (const PlaneLayout& plane : kPlanes)
     if (plane.name == name) return plane;
@@ -63,7 +67,7 @@ void import_files(const ImportOptions& options) {
   std::string authority_text;
   for (const std::string& path : options.authorities)
     collect(problems, [&] {
-      const net::Secret pem = read_or_throw(path);
+      const net::Secret pem = read_or_throw(path, kPublicMode);
       for (const net::Certificate& one : net::Certificate::parse(pem.view(), path)) {
         check_version(one.info(), path, problems);
         advise(one.info(), path, warnings);
@@ -86,17 +90,20 @@ void import_files(const ImportOptions& options) {
   net::Secret password;
   if (!options.certificate.empty())
     collect(problems, [&] {
-      const net::Secret pem = read_or_throw(options.certificate);
+      const net::Secret pem = read_or_throw(options.certificate, kPublicMode);
       const auto chain = net::Certificate::parse(pem.view(), options.certificate);
       check_version(chain[0].info(), options.certificate, problems);
       advise(chain[0].info(), options.certificate, warnings);
       certificate_text = pem.view();
       const net::PeerVerifier verifier({authorities, options.authorities, {}});
-      const auto found = authorities.empty()
-                             ? net::plain_problem(chain[0].info(), options.certificate)
-                             : verifier.problem(chain, net::Usage::kServer, options.certificate);
+      auto found = authorities.empty()
+                       ? net::plain_problem(chain[0].info(), options.certificate)
+                       : verifier.problem(chain, net::Usage::kServer, options.certificate);
+      // Between nodes each is the other's client too.
+      if (!found && !authorities.empty() && plane.name == "inter-node")
+        found = verifier.problem(chain, net::Usage::kClient, options.certificate);
       if (found) problems.add(*found);
-      key_text = read_or_throw(options.key);
+      key_text = read_or_throw(options.key, kKeyMode);
       if (key_text->view().find("ENCRYPTED") != std::string_view::npos) {
         password = ask_password("Password for private key file: ", true);
         if (const std::string weak = net::password_weakness(password.view()); !weak.empty())
@@ -116,7 +123,7 @@ void import_files(const ImportOptions& options) {
   std::string list_text;
   if (!options.revocations.empty())
     collect(problems, [&] {
-      const net::Secret pem = read_or_throw(options.revocations);
+      const net::Secret pem = read_or_throw(options.revocations, kPublicMode);
       list_text = pem.view();
       (void)net::read_revocation_list(pem.view(), options.revocations);
       if (!authorities.empty())
