@@ -74,7 +74,9 @@ void read_plugin_params(const json& value, const std::string& where, Problems& p
     if (type == "prefix_cache" || type == "splitfuse") continue;
     if (type == "mtp") {
       section.without_effect({"num_speculative_tokens"});
-      section.list_ignored("plugin_type", "mtp: draft layers are not used");
+      section.problem("plugin_type", "speculation by draft layers is not supported", "\"mtp\"",
+                      "ngram, la or memory_decoding, which guess without draft layers",
+                      "write one of these, or remove mtp");
     } else if (type == "ngram") {
       read_ngram(section, plugins);
     } else if (type == "memory_decoding") {
@@ -88,7 +90,7 @@ void read_plugin_params(const json& value, const std::string& where, Problems& p
       section.without_effect({"window", "guess_set_size"});
     } else {
       section.problem("plugin_type", "unknown plugin", fmt::format("\"{}\"", type),
-                      "prefix_cache, splitfuse, la, memory_decoding, ngram or mtp",
+                      "prefix_cache, splitfuse, la, memory_decoding or ngram",
                       "correct the name or remove plugin_params");
     }
   }

@@ -14,7 +14,7 @@ namespace phalanx::apps {
 //   memory_decoding              the same, decoding_length tokens (1-16, 16)
 //   ngram                        the same, num_speculative_tokens (1-16, 5), looking up runs of
 //                                prompt_lookup_max (1-16, 4) to prompt_lookup_min (1-16, 2) tokens
-//   mtp                          listed as without effect
+//   mtp                          refused by name: layers of multi-token prediction are not used
 // and, of our own, "prefix_cache": false and "chunked_prefill": false turn these off. `where` names
 // the key in messages.
 void read_plugin_params(const nlohmann::json& value, const std::string& where, Problems& problems,

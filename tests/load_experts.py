@@ -36,7 +36,9 @@ def measure(name, model, folder):
     settings = [f"{MODEL}.npuMemSize=1", "BackendConfig.ModelDeployConfig.maxSeqLen=512",
                 "BackendConfig.ModelDeployConfig.maxInputTokenLen=256",
                 "BackendConfig.ScheduleConfig.maxPrefillTokens=256",
-                "BackendConfig.ScheduleConfig.maxBatchSize=8"]
+                "BackendConfig.ScheduleConfig.maxBatchSize=8",
+                "BackendConfig.ScheduleConfig.maxPrefillBatchSize=8",
+                "BackendConfig.ScheduleConfig.maxN=8"]
     if name == "mixtral":
         settings += [f"{MODEL}.moe_ep=2", f"{MODEL}.moe_tp=1"]
     largest = VOCABULARY * 2048 * 2  # the embedding
@@ -87,4 +89,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]).resolve())
