@@ -150,8 +150,12 @@ std::vector<std::string> format_report(const NodeConfig& config, const NodePlan&
     lines.push_back(fmt::format("number formats ({}): {}; other layers {}",
                                 plan.info.formats->source, plan.info.formats->summary(),
                                 tensor::dtype_name(plan.info.dtype)));
-  lines.push_back(
-      fmt::format("KV cache: {}", models::kv_format_text(plan.info, config.model.kv)));
+  int64_t block = 0;
+  for (const models::MemoryNeed& need : plan.needs)
+    block = std::max(block, need.kv_bytes_per_block);
+  lines.push_back(fmt::format("KV cache: {}, {} bytes per token and rank",
+                              models::kv_format_text(plan.info, config.model.kv),
+                              block / config.schedule.cache_block_size));
   return lines;
 }
 
