@@ -31,8 +31,11 @@ struct Case {
 
 const std::vector<Case>& cases() {
   static const std::vector<Case> all = {
+      {"llama", "llama3", "llama3 rotary scaling"},
+      {"llama", "linear", "linear rotary scaling, biases everywhere"},
       {"llama", "yarn", "yarn rotary scaling"},
       {"llama", "dynamic", "dynamic rotary scaling"},
+      {"mistral", "mistral", "sliding window"},
       {"qwen2", "qwen2", "biases of q, k and v"},
       {"qwen2", "qwen2_window", "sliding window in some layers"},
       {"qwen3", "qwen3", "norms of q and k, biases, grouped queries"},
@@ -163,6 +166,10 @@ std::vector<Feature> features() {
   using Score = ops::RoutingRule::Score;
   using Group = ops::RoutingRule::GroupScore;
   std::vector<Feature> all = {
+      {"llama3", "scaling", [](C& c) { c.rotary.type = Rotary::kDefault; }},
+      {"linear", "scaling", [](C& c) { c.rotary.type = Rotary::kDefault; }},
+      {"linear", "mlp_bias", [](C& c) { c.info.mlp_bias = false; }},
+      {"mistral", "window", [](C& c) { set_window(c, 0); }},
       {"yarn", "scaling", [](C& c) { c.rotary.type = Rotary::kDefault; }},
       {"yarn", "attention_factor", [](C& c) { c.rotary.attention_factor = 1.0; }},
       {"yarn", "factor", [](C& c) { c.rotary.factor = 4.0; }},
@@ -292,6 +299,8 @@ std::string table_text() {
   }
   for (const std::string_view name : kNotSupported)
     text += fmt::format("| `{}` | – | not supported, refused by name | – | – | – |\n", name);
+  // Refused by the configuration (apps/config_test.cc).
+  text += "| MTP layers as speculation (`plugin_type` `mtp`) | – | not supported, refused by name | – | – | – |\n";
   return text;
 }
 

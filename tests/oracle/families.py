@@ -26,6 +26,9 @@ MLA = dict(vocab_size=170, hidden_size=56, intermediate_size=70, moe_intermediat
            qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=14, max_position_embeddings=256,
            rms_norm_eps=1e-6, tie_word_embeddings=False, first_k_dense_replace=1)
 YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=16, rope_theta=10000.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64, rope_theta=10000.0)
+LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
 MLA_YARN = dict(YARN, mscale=0.707, mscale_all_dim=1.0, beta_fast=32, beta_slow=1)
 
 # name: (model_type of transformers, configuration, options)
@@ -87,6 +90,10 @@ FAMILIES = {
                                   partial_rotary_factor=0.5), {"old": True}),
     "ernie4_5_moe": ("ernie4_5_moe", dict(MOE, moe_num_experts=7, moe_k=3, moe_num_shared_experts=2,
                                           moe_layer_start_index=1, use_bias=True), {"old": True}),
+    # Seeds follow from the place: what is new comes last.
+    "llama3": ("llama", dict(DENSE, rope_parameters=LLAMA3), {"old": True}),
+    "linear": ("llama", dict(DENSE, attention_bias=True, mlp_bias=True, rope_parameters=LINEAR), {}),
+    "mistral": ("mistral", dict(DENSE, sliding_window=7), {"old": True}),
 }
 
 
