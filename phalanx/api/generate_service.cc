@@ -6,6 +6,7 @@
 #include <deque>
 
 #include "phalanx/api/beam_search.h"
+#include "phalanx/base/heap_trim.h"
 #include "phalanx/base/log.h"
 #include "phalanx/text/stop_matcher.h"
 
@@ -24,6 +25,13 @@ const std::string kEnqueue = "Failed to enqueue inferRequest. ";
 
 double seconds_since(Clock::time_point t) {
   return std::chrono::duration<double>(Clock::now() - t).count();
+}
+
+// The client set this limit, so it is no fault of the server's.
+Refusal client_timeout() {
+  Refusal refusal = incomplete_generation("Engine callback timeout: client timeout");
+  refusal.status = 408;
+  return refusal;
 }
 
 Refusal refusal_of(SubmitResult result, const std::string& detail) {
@@ -265,7 +273,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
       case Signal::kTotalTimeout:
         return fail(incomplete_generation("Engine callback timeout: server e2eTimeout"));
       case Signal::kClientTimeout:
-        return fail(incomplete_generation("Engine callback timeout: client timeout"));
+        return fail(client_timeout());
     }
   }
 
@@ -470,9 +478,13 @@ bool GenerateService::stop_named(const std::string& name) {
 }
 
 void GenerateService::watch(const std::stop_token& stop) {
+  HeapTrim heap;
   for (uint64_t round = 0; !stop.stop_requested(); ++round) {
     std::this_thread::sleep_for(kWatchInterval);
-    if (round % kRoundsPerSecond == 0) metrics_.tick(engine_.stats());
+    if (round % kRoundsPerSecond == 0) {
+      metrics_.tick(engine_.stats());
+      if (active() == 0) heap.when_idle();
+    }
     const std::lock_guard lock(mutex_);
     std::erase_if(running_, [this](const std::weak_ptr<Generation>& weak) {
       const auto generation = weak.lock();

@@ -7,6 +7,7 @@
 
 #include "phalanx/api/core.h"
 #include "phalanx/api/page.h"
+#include "phalanx/api/profile.h"
 #include "phalanx/base/json.h"
 #include "phalanx/base/log.h"
 
@@ -118,7 +119,10 @@ class ProbeAnswer final : public Answer {
   }
   void fail(const Refusal& refusal) override {
     Refusal out = refusal;
-    if (out.error.starts_with("Engine callback timeout")) out.error = "Engine callback timeout";
+    if (out.error.starts_with("Engine callback timeout")) {
+      out.status = 500;  // here the limit is a probe's, and the instance has missed it
+      out.error = "Engine callback timeout";
+    }
     responder_->respond(to_response(out));
   }
 
@@ -260,6 +264,7 @@ void mount_management(const std::shared_ptr<Core>& core, Server& server) {
   };
   Core* c = core.get();
   mount_page(core, server);
+  mount_profile(core, server);
   get("/v2/health/live", [c](const HttpRequest&) { return live(*c); });
   get("/v2/health/ready", [c](const HttpRequest&) { return ready(*c); });
   get("/health", [c](const HttpRequest&) { return live(*c); });

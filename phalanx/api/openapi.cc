@@ -220,7 +220,10 @@ OrderedJson responses_of(const Published& route) {
   };
   if (std::string_view(route.path).find("{model}") != std::string_view::npos || route.body != nullptr)
     add("404", "no such model, adapter or running request");
+  if (route.body == nullptr && std::string_view(route.path).starts_with("/v2/models/"))
+    add("405", "no such model");
   if (route.body != nullptr) {
+    add("408", "the request's own timeout passed");
     add("400", "cannot be done with this model, or no valid HTTP request");
     add("413", "the body is above maxRequestLength");
     add("422", "a field or combination of fields is wrong; the text names it");

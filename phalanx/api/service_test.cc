@@ -279,6 +279,12 @@ TEST(Service, EndsWhatTakesTooLong) {
   other.engine.hold = true;
   expect_refused(post(other.port, kChat, chat()), 500, "Incomplete Generation",
                  "Engine callback timeout: server e2eTimeout");
+  // A limit of the client's is no fault of the server's.
+  Instance third;
+  third.engine.hold = true;
+  const json limited = {{"inputs", "Hi"}, {"parameters", {{"timeout", 1}}}};
+  expect_refused(post(third.port, "/infer", limited.dump()), 408, "Incomplete Generation",
+                 "Engine callback timeout: client timeout");
 }
 
 TEST(Service, AClientThatLeavesFreesItsSequences) {
