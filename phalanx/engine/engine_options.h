@@ -22,6 +22,8 @@ struct EngineOptions {
   bool prefix_cache = true;            // sequences share the blocks of equal beginnings
   double decode_stretch = 1.6;         // how much longer a step may take for prompts beside running
                                        // sequences (PrefillPace); 0: as long as it takes
+  double ageing_seconds = 15;          // a request that has waited so long counts as one priority higher,
+                                       // after twice as long as two; 0: never
   int64_t draft_tokens = 0;            // speculation by prompt look-up: at most that many per sequence and
                                        // step, 0: none
   int64_t draft_most = 4;              // tokens of the run that is looked up, at most and at least

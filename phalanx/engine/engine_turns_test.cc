@@ -1,5 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <thread>
+
 #include "phalanx/engine/engine_testing.h"
 
 // Who begins when more wait than run: priorities, then clients in turn.
@@ -7,9 +10,14 @@
 namespace phalanx::engine {
 namespace {
 
-// Answers in the order in which requests get their first token, one at a time.
-std::vector<std::string> order_of(const std::vector<GenerateRequest>& requests) {
+constexpr double kAgeingSeconds = 0.02;
+
+// Answers in the order in which requests get their first token, one at a time. Before the last
+// `late` of them pass five times kAgeingSeconds.
+std::vector<std::string> order_of(const std::vector<GenerateRequest>& requests,
+                                  double ageing_seconds = 0, size_t late = 0) {
   EngineOptions options = small_options();
+  options.ageing_seconds = ageing_seconds;
   options.max_batch = 1;
   options.max_prefill_batch = 1;
   FakeExecutor executor(options);
@@ -37,6 +45,8 @@ std::vector<std::string> order_of(const std::vector<GenerateRequest>& requests) 
             SubmitResult::kAccepted);
   executor.wait_for_plans(1);
   for (const GenerateRequest& request : requests) {
+    if (late > 0 && &request == &requests[requests.size() - late])
+      std::this_thread::sleep_for(std::chrono::duration<double>(5 * kAgeingSeconds));
     auto sink = std::make_shared<Sink>(mutex, order, request.id);
     EXPECT_EQ(engine.submit(request, std::move(sink), nullptr), SubmitResult::kAccepted);
   }
@@ -65,6 +75,17 @@ TEST(Turns, OneClientIsServedAsItCame) {
 TEST(Turns, HigherPrioritiesComeFirst) {
   EXPECT_EQ(order_of({of("a", 1), of("b", 1, 3), of("a", 2, 1), of("b", 2), of("a", 3, 1)}),
             (std::vector<std::string>{"a2", "a3", "b1", "a1", "b2"}));
+}
+
+TEST(Turns, WhoWaitsLongIsNoLongerOvertaken) {
+  const std::vector<GenerateRequest> requests = {of("a", 1, 5), of("b", 1, 1), of("b", 2, 1),
+                                                 of("b", 3, 1)};
+  EXPECT_EQ(order_of(requests, 0, 3), (std::vector<std::string>{"b1", "b2", "b3", "a1"}));
+  EXPECT_EQ(order_of(requests, kAgeingSeconds, 3),
+            (std::vector<std::string>{"a1", "b1", "b2", "b3"}));
+  // Too little to rise at all.
+  EXPECT_EQ(order_of(requests, 1000 * kAgeingSeconds, 3),
+            (std::vector<std::string>{"b1", "b2", "b3", "a1"}));
 }
 
 }  // namespace

@@ -50,7 +50,8 @@ struct GenerateRequest {
   std::string id;                    // unique among running requests
   std::vector<int32_t> prompt;       // token ids, not empty
   SamplingParams sampling;
-  int32_t priority = 5;              // 1 (first) to 5; a lower one waits for all higher ones
+  int32_t priority = 5;              // 1 (first) to 5; a lower one waits for all higher ones, and rises as
+                                     // it waits (EngineOptions::ageing_seconds)
   std::string client;                // whose turn it counts as; clients of one priority take turns
 };
 

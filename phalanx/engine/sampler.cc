@@ -1,6 +1,7 @@
 #include "phalanx/engine/sampler.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -34,6 +35,28 @@ Floats select(Ints mask, Floats yes, Floats no) {
 }
 bool has_penalty(const SamplingParams& p) {
   return p.repetition_penalty != 1.0f || p.presence_penalty != 0.0f || p.frequency_penalty != 0.0f;
+}
+
+// Leaves those of 32 logits whose bit is set and takes the others away; whether any is left. Without
+// branches, since the bits of a grammar's mask follow no pattern that a processor could guess.
+bool keep_allowed(float* logits, uint32_t allowed) {
+  constexpr uint32_t kNone = 0xff800000;  // minus infinity
+  static constexpr std::array<uint32_t, 32> kBits = [] {
+    std::array<uint32_t, 32> bits{};
+    for (size_t i = 0; i < bits.size(); ++i) bits[i] = uint32_t{1} << i;
+    return bits;
+  }();
+  if (allowed == ~uint32_t{0}) return true;
+  std::array<uint32_t, 32> values;
+  std::memcpy(values.data(), logits, sizeof(values));
+  uint32_t left = 0;
+  for (size_t i = 0; i < values.size(); ++i) {
+    const uint32_t keep = (allowed & kBits[i]) == kBits[i] ? ~uint32_t{0} : 0;
+    left |= keep & (values[i] ^ kNone);
+    values[i] = (values[i] & keep) | (kNone & ~keep);
+  }
+  std::memcpy(logits, values.data(), sizeof(values));
+  return left != 0;
 }
 
 }  // namespace
@@ -174,19 +197,14 @@ std::span<const float> Sampler::adjust(std::span<const float> logits,
 
 void Sampler::apply_guide(std::span<const uint32_t> allowed, const SampleRequest& request) {
   const auto covered = std::min<int64_t>(vocab_size_, std::ssize(allowed) * 32);
+  const int64_t whole = covered / 32 * 32;
   bool any = false;
-  for (int64_t begin = 0; begin < covered; begin += 32) {
-    const uint32_t word = allowed[static_cast<size_t>(begin / 32)];
-    if (word == ~uint32_t{0} && begin + 32 <= covered) {
-      any = true;
-      continue;
-    }
-    const int64_t end = std::min(begin + 32, covered);
-    for (int64_t i = begin; i < end; ++i) {
-      float& l = adjusted_[static_cast<size_t>(i)];
-      if ((word >> (i - begin) & 1) == 0) l = -kInfinity;
-      any |= l != -kInfinity;
-    }
+  for (int64_t begin = 0; begin < whole; begin += 32)
+    any |= keep_allowed(adjusted_.data() + begin, allowed[static_cast<size_t>(begin / 32)]);
+  for (int64_t i = whole; i < covered; ++i) {
+    float& l = adjusted_[static_cast<size_t>(i)];
+    if ((allowed[static_cast<size_t>(i / 32)] >> (i % 32) & 1) == 0) l = -kInfinity;
+    any |= l != -kInfinity;
   }
   std::fill(adjusted_.begin() + covered, adjusted_.end(), -kInfinity);
   if (any) return;

@@ -11,6 +11,13 @@ namespace {
 
 constexpr size_t kKnownClients = 4096;
 
+// Those that ran before keep their own order at the front.
+bool comes_before(const std::unique_ptr<Sequence>& a, const std::unique_ptr<Sequence>& b) {
+  if (a->begun || b->begun) return a->begun && !b->begun;
+  if (a->level != b->level) return a->level < b->level;
+  return a->turn != b->turn ? a->turn < b->turn : a->submitted_ns < b->submitted_ns;
+}
+
 }  // namespace
 
 Scheduler::Scheduler(const SchedulerOptions& options)
@@ -35,12 +42,7 @@ void Scheduler::add(std::unique_ptr<Sequence> sequence) {
   uint64_t& last = turns_[sequence->client];
   last = std::max(last, turn_) + 1;
   sequence->turn = last;
-  const auto before = [](const auto& a, const auto& b) {
-    if (a->begun != b->begun) return a->begun;
-    return a->priority != b->priority ? a->priority < b->priority : a->turn < b->turn;
-  };
-  // Those that ran before keep their own order at the front; this one never ran.
-  const auto at = std::upper_bound(waiting_.begin(), waiting_.end(), sequence, before);
+  const auto at = std::upper_bound(waiting_.begin(), waiting_.end(), sequence, comes_before);
   waiting_.insert(at, std::move(sequence));
 }
 
@@ -122,6 +124,21 @@ int32_t Scheduler::take_piece(Sequence& s, int64_t share) {
   return static_cast<int32_t>(count);
 }
 
+void Scheduler::age() {
+  const int64_t now = now_ns();
+  if (options_.ageing_ns <= 0 || now < aged_ns_ + options_.ageing_ns / 8) return;
+  aged_ns_ = now;
+  bool any = false;
+  for (const auto& s : waiting_) {
+    if (s->begun) continue;
+    const int64_t gained = (now - s->submitted_ns) / options_.ageing_ns;
+    const auto level = static_cast<int32_t>(std::max<int64_t>(1, s->priority - gained));
+    any |= level != s->level;
+    s->level = level;
+  }
+  if (any) std::stable_sort(waiting_.begin(), waiting_.end(), comes_before);
+}
+
 // Waiting sequences that begin in this step.
 void Scheduler::admit(int64_t prefills, int64_t budget) {
   while (!waiting_.empty() && running() < options_.max_batch &&
@@ -162,6 +179,7 @@ bool Scheduler::plan(StepPlanWriter& writer) {
     prompt_tokens_ += s->planned;
     ++prefills;
   }
+  age();
   if (!crowded) admit(prefills, budget);
   draft();
 

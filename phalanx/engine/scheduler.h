@@ -26,6 +26,7 @@ struct SchedulerOptions {
   int64_t max_step_rows = 0;       // rows of logits in one step, >= max_batch
   bool share_prefixes = false;
   double decode_stretch = 0;       // PrefillPace; 0: no bound
+  int64_t ageing_ns = 0;           // waiting so long raises a sequence by one priority; 0: never
   int64_t draft_batch = 0;         // drafts only while at most that many sequences decode; 0: none
   PromptLookup lookup = {};
 };
@@ -38,7 +39,8 @@ struct PlannedRows {
 };
 
 // Who computes what in the next step. Higher priorities first; within one the clients that wait take
-// turns, and each client's own are served as they came.
+// turns, and each client's own are served as they came. A sequence that waits rises by one priority
+// every ageing_ns, so that a stream of more urgent ones does not hold it up for ever.
 //
 // A step holds one token of every sequence that decodes, and, in what is left of max_step_tokens,
 // prompts: those begun first, then waiting ones as long as blocks, max_batch and the prefill limits
@@ -108,6 +110,7 @@ class Scheduler {
   void publish(Sequence& sequence);
   [[nodiscard]] int64_t share_of(const Sequence& prompt) const;
   [[nodiscard]] int32_t take_piece(Sequence& sequence, int64_t share);
+  void age();
   void admit(int64_t prefills, int64_t budget);
   void draft();
   void write(StepPlanWriter& writer, Sequence& sequence);
@@ -121,6 +124,7 @@ class Scheduler {
   // The last turn given to each client that has waited lately, and the newest turn that began.
   std::unordered_map<std::string, uint64_t> turns_;
   uint64_t turn_ = 0;
+  int64_t aged_ns_ = 0;  // when age() last looked
   std::vector<PlannedRows> rows_;
   PrefillPace pace_;
   // Of the step being planned.

@@ -23,6 +23,7 @@ struct Sequence {
   SamplingParams params;
   uint64_t seed = 0;                // drawn at admission if the request had none
   int32_t priority = 5;
+  int32_t level = 5;                // priority, less what it gained by waiting
   std::string client;
   uint64_t turn = 0;                // place among the waiting ones of its priority
   std::shared_ptr<EventSink> sink;

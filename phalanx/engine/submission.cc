@@ -97,7 +97,7 @@ Submission make_sequence(GenerateRequest request, std::shared_ptr<EventSink> sin
   sequence->blocks.reserve(
       static_cast<size_t>((prompt + outputs + o.block_size - 1) / o.block_size));
   sequence->submitted_ns = now_ns();
-  sequence->priority = request.priority;
+  sequence->priority = sequence->level = request.priority;
   sequence->client = std::move(request.client);
   sequence->draft_limit = static_cast<int32_t>(o.draft_tokens);
   sequence->draft.reserve(static_cast<size_t>(o.draft_tokens));
