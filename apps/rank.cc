@@ -157,7 +157,8 @@ void follow(MessageSocket& socket) {
   ThreadPool pool({.threads = spec.threads, .cpus = spec.cpus});
   socket.send({{"event", "started"}});
 
-  std::unique_ptr<comm::Group> group;
+  std::unique_ptr<comm::Group> formed;
+  std::unique_ptr<comm::TracedGroup> group;
   std::unique_ptr<engine::StepChannelRank> channel;
   std::unique_ptr<models::Model> model;
   const GroupLease lease(orders);
@@ -167,7 +168,8 @@ void follow(MessageSocket& socket) {
     const json order = orders.next();
     const std::string op = order.at("op").get<std::string>();
     if (op == "connect") {
-      group = connect(order, spec, orders);
+      formed = connect(order, spec, orders);
+      group = std::make_unique<comm::TracedGroup>(*formed);
       if (rank == 0)
         channel = std::make_unique<engine::StepChannelRank>(kStepChannelFd, spec.limits(spec.max_blocks));
       orders.set_group(group.get(), channel.get());

@@ -14,7 +14,8 @@ engine::StepLimits RankSpec::limits(int64_t blocks) const {
           .max_sequence = model.max_sequence,
           .blocks = blocks,
           .block_size = model.block_size,
-          .vocab_size = vocab_size};
+          .vocab_size = vocab_size,
+          .ranks = std::ssize(model.weights)};
 }
 
 json to_json(const RankSpec& s) {

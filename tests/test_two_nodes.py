@@ -162,3 +162,26 @@ def test_both_nodes_compute_and_each_rank_reads_its_share_only(two_nodes):
         assert int(io["rchar"]) <= 1.05 * share, f"rank {rank['rank']}: {io}"
         whole = sum(f.stat().st_size for f in two_nodes.model.glob("*.safetensors"))
         assert share < 0.62 * whole
+
+
+def test_a_profile_shows_every_rank(two_nodes):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        profile = pool.submit(two_nodes.get, "/v1/profile?steps=6&seconds=60", seconds=90)
+        deadline = time.monotonic() + 60
+        while not profile.done():
+            assert time.monotonic() < deadline
+            two_nodes.complete("One, two,", max_tokens=8)
+    status, body = profile.result()
+    assert status == 200, body
+    events = json.loads(body)["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert names == {0: "head", 1: "rank 0, node 127.0.0.1", 2: "rank 1, node 127.0.0.2"}
+    for rank in (1, 2):
+        own = [e for e in events if e["ph"] == "X" and e["pid"] == rank]
+        assert sum(e["name"] == "step" for e in own) == 6
+        # Four gathers a layer, each with its bytes.
+        assert sum(e["name"] == "transfer" and e["args"]["bytes"] > 0 for e in own) >= 6 * 4 * 30
+        for step in (e for e in own if e["name"] == "step"):
+            inside = sum(e["dur"] for e in own if e["name"] != "step"
+                         and step["ts"] <= e["ts"] < step["ts"] + step["dur"])
+            assert abs(inside - step["dur"]) <= 0.02 * step["dur"] + 50, (inside, step)

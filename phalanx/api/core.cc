@@ -44,6 +44,8 @@ void Core::shut_down() {
   work->close();
   stopper.request_stop();
   if (stopper.joinable()) stopper.join();
+  profiler.request_stop();
+  if (profiler.joinable()) profiler.join();
 }
 
 void Core::require_serving() const {

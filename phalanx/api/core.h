@@ -44,6 +44,8 @@ struct Core {
   std::atomic<bool> stopped{false};         // after GET /stopService
   std::atomic<uint64_t> next_id{0};         // endpoint_common_<n>
   std::jthread stopper;
+  std::atomic<bool> profiling{false};       // GET /v1/profile is being answered
+  std::jthread profiler;
 };
 
 // Answers with `refusal` of whatever is thrown; rethrows nothing.

@@ -90,6 +90,7 @@ $("form").addEventListener("submit", async event => {
   $("talk").append("> " + text + "\n");
   const own = {role: "assistant", content: ""};
   try {
+    await known;
     const answer = await fetch("chat", {method: "POST", headers: {"Content-Type": "application/json"},
       body: JSON.stringify({model: $("model").textContent, messages: talk, stream: true, max_tokens: 256})});
     if (!answer.ok) throw new Error(await answer.text());
@@ -104,7 +105,7 @@ $("form").addEventListener("submit", async event => {
   } catch (e) { error(e.message); talk.pop(); }
   $("talk").append("\n");
 });
-fetch("info").then(r => r.json()).then(i => { $("model").textContent = i.models?.[0]?.model_id ?? i.model_id ?? ""; }).catch(() => {});
+const known = fetch("info").then(r => r.json()).then(i => { $("model").textContent = i.models?.[0]?.model_id ?? i.model_id ?? ""; }).catch(() => {});
 const asked = new URLSearchParams(location.search).get("say");
 if (asked) setTimeout(() => { $("say").value = asked; $("form").requestSubmit(); }, 600);
 poll();

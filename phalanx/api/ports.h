@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <shared_mutex>
 #include <span>
 #include <string>
@@ -26,6 +27,9 @@ class EnginePort {
   virtual void cancel(const std::string& id) = 0;
   [[nodiscard]] virtual engine::EngineStats stats() const = 0;
   [[nodiscard]] virtual int64_t max_queue() const = 0;
+  // As the engine's.
+  [[nodiscard]] virtual bool begin_trace(int64_t steps) = 0;
+  [[nodiscard]] virtual std::optional<std::vector<engine::StepTrace>> take_trace(bool now) = 0;
 };
 
 // Ids to text as they come: pieces are whole characters.

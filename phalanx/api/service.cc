@@ -40,6 +40,14 @@ class RealEngine final : public EnginePort {
     const std::shared_lock lock(mutex_);
     return engine_ != nullptr ? engine_->options().max_queue : 0;
   }
+  bool begin_trace(int64_t steps) override {
+    const std::shared_lock lock(mutex_);
+    return engine_ != nullptr && engine_->begin_trace(steps);
+  }
+  std::optional<std::vector<engine::StepTrace>> take_trace(bool now) override {
+    const std::shared_lock lock(mutex_);
+    return engine_ != nullptr ? engine_->take_trace(now) : std::nullopt;
+  }
 
  private:
   mutable std::shared_mutex mutex_;

@@ -138,6 +138,19 @@ class ScriptEngine final : public EnginePort {
     return stats_;
   }
   int64_t max_queue() const override { return 10; }
+  // Gives `steps_to_trace` when as many were asked for.
+  bool begin_trace(int64_t steps) override {
+    const std::lock_guard lock(mutex_);
+    if (trace_wanted_ > 0) return false;
+    trace_wanted_ = steps;
+    return true;
+  }
+  std::optional<std::vector<engine::StepTrace>> take_trace(bool now) override {
+    const std::lock_guard lock(mutex_);
+    if (!now && std::ssize(steps_to_trace) < trace_wanted_) return std::nullopt;
+    trace_wanted_ = 0;
+    return steps_to_trace;
+  }
   void set_waiting(int64_t waiting) {
     const std::lock_guard lock(mutex_);
     stats_.waiting = waiting;
@@ -164,6 +177,7 @@ class ScriptEngine final : public EnginePort {
   }
 
   std::vector<engine::GenerateRequest> requests;  // as submitted; read when idle
+  std::vector<engine::StepTrace> steps_to_trace;
 
  private:
   struct Running {
@@ -221,6 +235,7 @@ class ScriptEngine final : public EnginePort {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::map<std::string, Running> running_;
+  int64_t trace_wanted_ = 0;
   engine::EngineStats stats_{.blocks_total = 100, .blocks_free = 100};
   std::jthread thread_;
 };

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "phalanx/base/check.h"
 #include "phalanx/engine/engine_state.h"
 #include "phalanx/engine/submission.h"
 
@@ -113,6 +114,25 @@ void Engine::on_failure(std::function<void(const Error&)> callback) {
   const std::lock_guard lock(state_->mutex);
   state_->failure_callback = std::move(callback);
   state_->wake.notify_all();
+}
+
+bool Engine::begin_trace(int64_t steps) {
+  PHALANX_CHECK(steps > 0 && steps <= kMaxTracedSteps);
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  if (s.tracing) return false;
+  s.tracing = true;
+  s.trace_wanted = steps;
+  s.traces.clear();
+  return true;
+}
+
+std::optional<std::vector<StepTrace>> Engine::take_trace(bool now) {
+  State& s = *state_;
+  const std::lock_guard lock(s.mutex);
+  if (!s.tracing || (!now && std::ssize(s.traces) < s.trace_wanted)) return std::nullopt;
+  s.tracing = false;
+  return std::exchange(s.traces, {});
 }
 
 EngineStats Engine::stats() const {

@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "phalanx/base/clock.h"
 #include "phalanx/engine/engine_options.h"
@@ -22,6 +23,8 @@ class StepExecutor {
   virtual void send(std::span<const std::byte> plan) = 0;
   // Logits f32 [rows, vocab], valid until the next send. Throws Error.
   virtual std::span<const float> wait(Deadline deadline, StepTiming* timing) = 0;
+  // When the step that was waited for had kTraceStep: one per rank, valid until the next send.
+  [[nodiscard]] virtual std::span<const RankTrace> traces() const = 0;
   // From any thread, more than once; wait() and send() throw Error soon.
   virtual void abort(const std::string& reason) noexcept = 0;
 };
@@ -80,6 +83,13 @@ class Engine {
   // Called from the engine thread when the executor threw: once, or with `recover` each time.
   void on_failure(std::function<void(const Error&)> callback);
 
+  // The next `steps` (1 to kMaxTracedSteps) that compute something are traced, on every rank. False:
+  // that is going on already.
+  [[nodiscard]] bool begin_trace(int64_t steps);
+  // All that were asked for, or nothing while some are missing; with `now` those that there are. Then
+  // another trace may begin.
+  [[nodiscard]] std::optional<std::vector<StepTrace>> take_trace(bool now);
+
   [[nodiscard]] EngineStats stats() const;
   [[nodiscard]] const EngineOptions& options() const;
 
@@ -96,6 +106,7 @@ class ChannelExecutor final : public StepExecutor {
   std::span<const float> wait(Deadline deadline, StepTiming* timing) override {
     return channel_.wait_logits(deadline, timing);
   }
+  [[nodiscard]] std::span<const RankTrace> traces() const override { return channel_.traces(); }
   void abort(const std::string& reason) noexcept override { channel_.abort(reason); }
 
  private:

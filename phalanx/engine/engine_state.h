@@ -41,6 +41,7 @@ struct Engine::State {
   void compute_step();
   void idle_step();
   void publish_stats();
+  void add_trace(StepTrace trace);
   void fail_by_itself(const Error& error);
   GenerateEvent event_of(const Sequence& sequence) const;
 
@@ -85,6 +86,9 @@ struct Engine::State {
   bool suspend_wanted = false, suspended = false;
   std::optional<Resumption> resumption;
   std::function<void(const Error&)> failure_callback;
+  int64_t trace_wanted = 0;        // steps of the trace being made
+  bool tracing = false;
+  std::vector<StepTrace> traces;   // of it, so far
 
   std::thread thread;
 };

@@ -99,6 +99,9 @@ class FakeExecutor final : public StepExecutor {
                                                  static_cast<size_t>(kHistoryVocab));
   }
 
+  // As one rank would tell of a step with a single gather.
+  [[nodiscard]] std::span<const RankTrace> traces() const override { return traces_; }
+
   void abort(const std::string& reason) noexcept override {
     const std::lock_guard lock(mutex_);
     if (abort_reason_.empty()) abort_reason_ = reason;
@@ -136,6 +139,7 @@ class FakeExecutor final : public StepExecutor {
   std::vector<std::byte> buffer_;
   StepPlanView view_;
   std::vector<float> logits_;
+  std::vector<RankTrace> traces_{{.count = 1, .length = 10, .collectives = {{{2, 3, 1, 64}}}}};
   uint64_t steps_ = 0;
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "phalanx/base/check.h"
@@ -22,6 +23,7 @@ Engine::State::State(const EngineOptions& options, StepExecutor& executor)
                  .max_step_rows = std::max(options.max_step_rows, options.max_batch),
                  .share_prefixes = options.prefix_cache,
                  .decode_stretch = options.decode_stretch,
+                 .ageing_ns = static_cast<int64_t>(options.ageing_seconds * 1e9),
                  .draft_batch = options.draft_tokens > 0 ? options.draft_batch : 0,
                  .lookup = {.most = options.draft_most, .least = options.draft_least}}),
       sampler(options.vocab_size) {
@@ -129,9 +131,17 @@ void Engine::State::end_cancelled() {
 
 void Engine::State::compute_step() {
   const int64_t begin = now_ns();
-  writer.begin(StepKind::kCompute, generation, next_step);
+  bool traced = false;
+  {
+    const std::lock_guard lock(mutex);
+    traced = tracing && std::ssize(traces) < trace_wanted;
+  }
+  writer.begin(StepKind::kCompute, generation, next_step, traced ? kTraceStep : 0);
   PHALANX_CHECK(scheduler.plan(writer));
-  executor.load()->send(writer.finish());
+  const std::span<const std::byte> plan = writer.finish();
+  StepPlanHeader header;
+  std::memcpy(&header, plan.data(), sizeof(header));
+  executor.load()->send(plan);
   ++next_step;
   const int64_t sent = now_ns();
   {
@@ -166,7 +176,31 @@ void Engine::State::compute_step() {
   counted.step_ns += static_cast<uint64_t>(timing.total_ns);
   counted.compute_ns += static_cast<uint64_t>(timing.compute_ns);
   counted.communication_ns += static_cast<uint64_t>(timing.communication_ns);
-  counted.overhead_ns += static_cast<uint64_t>(now_ns() - answered + sent - begin);
+  const int64_t end = now_ns();
+  counted.overhead_ns += static_cast<uint64_t>(end - answered + sent - begin);
+  if (!traced) return;
+  add_trace({.generation = generation,
+             .step = next_step - 1,
+             .begin_ns = begin,
+             .sent_ns = sent,
+             .answered_ns = answered,
+             .end_ns = end,
+             .sequences = header.num_sequences,
+             .tokens = header.num_tokens,
+             .rows = header.num_rows});
+}
+
+void Engine::State::add_trace(StepTrace trace) {
+  for (const RankTrace& rank : executor.load()->traces()) {
+    const auto count = std::min<size_t>(rank.count, rank.collectives.size());
+    trace.ranks.push_back(
+        {.length = rank.length,
+         .dropped = rank.dropped,
+         .collectives = {rank.collectives.begin(),
+                         rank.collectives.begin() + static_cast<std::ptrdiff_t>(count)}});
+  }
+  const std::lock_guard lock(mutex);
+  if (tracing) traces.push_back(std::move(trace));
 }
 
 void Engine::State::idle_step() {

@@ -63,6 +63,10 @@ int64_t plan_area_bytes(const StepLimits& limits) {
   return round_up(limits.max_plan_bytes(), 4096);
 }
 
+int64_t logits_area_bytes(const StepLimits& limits) {
+  return round_up(limits.max_rows * limits.vocab_size * static_cast<int64_t>(sizeof(float)), 4096);
+}
+
 // A futex that works between processes (no FUTEX_PRIVATE_FLAG).
 void futex_wait(std::atomic<uint32_t>& word, uint32_t seen, int64_t ns) {
   const timespec slice{.tv_sec = ns / 1'000'000'000, .tv_nsec = ns % 1'000'000'000};
@@ -123,6 +127,11 @@ struct Area {
   [[nodiscard]] float* logits() const {
     return reinterpret_cast<float*>(plan() + plan_area_bytes(limits));
   }
+  [[nodiscard]] std::span<RankTrace> traces() const {
+    return {reinterpret_cast<RankTrace*>(plan() + plan_area_bytes(limits) +
+                                         logits_area_bytes(limits)),
+            static_cast<size_t>(limits.ranks)};
+  }
   void abort(const std::string& reason) const noexcept {
     post(control().aborted, reason);
     ring(control().to_head);
@@ -141,8 +150,8 @@ struct Area {
 }  // namespace
 
 int64_t step_channel_bytes(const StepLimits& limits) {
-  return kControlBytes + plan_area_bytes(limits) +
-         round_up(limits.max_rows * limits.vocab_size * static_cast<int64_t>(sizeof(float)), 4096);
+  return kControlBytes + plan_area_bytes(limits) + logits_area_bytes(limits) +
+         limits.ranks * static_cast<int64_t>(sizeof(RankTrace));
 }
 
 UniqueFd create_step_channel(const StepLimits& limits) {
@@ -236,6 +245,8 @@ std::span<const float> StepChannelHead::wait_logits(Deadline deadline, StepTimin
           static_cast<size_t>(int64_t{s.sent.num_rows} * s.area.limits.vocab_size)};
 }
 
+std::span<const RankTrace> StepChannelHead::traces() const { return state_->area.traces(); }
+
 void StepChannelHead::abort(const std::string& reason) noexcept { state_->area.abort(reason); }
 
 // --- Rank 0 ----------------------------------------------------------------------------------
@@ -269,6 +280,8 @@ std::span<const std::byte> StepChannelRank::wait_plan(Deadline deadline) {
 }
 
 float* StepChannelRank::logits() { return state_->area.logits(); }
+
+std::span<RankTrace> StepChannelRank::traces() { return state_->area.traces(); }
 
 void StepChannelRank::publish(uint64_t generation, uint64_t step, const StepTiming& timing) {
   Control& c = state_->area.control();

@@ -9,10 +9,11 @@
 #include "phalanx/base/clock.h"
 #include "phalanx/base/unique_fd.h"
 #include "phalanx/engine/step_plan.h"
+#include "phalanx/engine/step_trace.h"
 
 namespace phalanx::engine {
 
-// Shared memory between the head and rank 0: one plan area, one logits area, and two sequence
+// Shared memory between the head and rank 0: one plan area, one logits area, one of traces, and two sequence
 // words that each side waits on (spin ~50 us, then futex in slices of at most 50 ms). At most one
 // step is outstanding. A result carries (generation, step); anything but the outstanding pair is
 // dropped. Every kind of plan is answered, kStop too. Layout: step_channel.cc.
@@ -42,6 +43,9 @@ class StepChannelHead {
   // message when rank 0 reported a failure. Returns [num_rows * vocab_size] of that plan.
   // The span is valid until the next send.
   std::span<const float> wait_logits(Deadline deadline, StepTiming* timing);
+  // Of a step with kTraceStep that was waited for, one per rank. Valid until the next send. Written by
+  // another process: counts may be anything.
+  [[nodiscard]] std::span<const RankTrace> traces() const;
   void abort(const std::string& reason) noexcept;
 
  private:
@@ -58,6 +62,7 @@ class StepChannelRank {
   // The span is valid until publish().
   std::span<const std::byte> wait_plan(Deadline deadline);
   [[nodiscard]] float* logits();  // [max_rows, vocab_size], 64-aligned
+  [[nodiscard]] std::span<RankTrace> traces();  // one per rank; before publish()
   void publish(uint64_t generation, uint64_t step, const StepTiming& timing);
   // Tells the head; the first message counts.
   void fail(const std::string& message) noexcept;

@@ -13,11 +13,12 @@ namespace phalanx::engine {
 
 static_assert(std::endian::native == std::endian::little, "plans are little-endian as written");
 
-void StepPlanWriter::begin(StepKind kind, uint64_t generation, uint64_t step) {
+void StepPlanWriter::begin(StepKind kind, uint64_t generation, uint64_t step, uint32_t flags) {
   header_ = StepPlanHeader{};
   header_.kind = kind;
   header_.generation = generation;
   header_.step = step;
+  header_.flags = flags;
   tokens_.clear();
   positions_.clear();
   slots_.clear();
@@ -151,8 +152,8 @@ void StepPlanView::decode_body(std::span<const std::byte> buffer, const StepLimi
   expect_equal("magic", header.magic, kStepPlanMagic);
   expect_equal("version", header.version, kStepPlanVersion);
   expect_range("kind", static_cast<int64_t>(header.kind), 1, 3);
-  expect_equal("reserved", header.reserved, 0);
   const bool compute = header.kind == StepKind::kCompute;
+  expect_range("flags", header.flags, 0, compute ? kTraceStep : 0);
   expect_range("num_tokens", header.num_tokens, compute ? 1 : 0, compute ? limits.max_tokens : 0);
   expect_range("num_sequences", header.num_sequences, compute ? 1 : 0,
                std::min<int64_t>(header.num_tokens, limits.max_sequences()));

@@ -12,7 +12,9 @@ namespace phalanx::engine {
 // The one message of the step path: a flat, versioned, little-endian buffer. The head writes it,
 // rank 0 forwards it verbatim, every rank decodes and checks it. Layout: docs/wire.md.
 inline constexpr uint32_t kStepPlanMagic = 0x4c505850;  // "PXPL"
-inline constexpr uint16_t kStepPlanVersion = 1;
+inline constexpr uint16_t kStepPlanVersion = 2;
+// Of `flags`: the ranks gather when they did what, behind the step.
+inline constexpr uint32_t kTraceStep = 1;
 
 enum class StepKind : uint16_t {
   kCompute = 1,
@@ -31,7 +33,7 @@ struct StepPlanHeader {
   uint32_t num_sequences = 0;
   uint32_t num_rows = 0;         // logits wanted
   uint32_t num_blocks = 0;       // length of all block tables together
-  uint32_t reserved = 0;
+  uint32_t flags = 0;            // kTraceStep, with kCompute
 };
 
 // One sequence in the buffer.
@@ -48,7 +50,7 @@ static_assert(sizeof(StepPlanHeader) == 48 && sizeof(PlannedSequence) == 24);
 // Builds plans in one reused buffer (no allocation once grown).
 class StepPlanWriter {
  public:
-  void begin(StepKind kind, uint64_t generation, uint64_t step);
+  void begin(StepKind kind, uint64_t generation, uint64_t step, uint32_t flags = 0);
   // tokens at positions [context - tokens.size(), context); sample: logits of the last one wanted.
   void add_sequence(std::span<const int32_t> tokens, int32_t context,
                     std::span<const int32_t> block_table, int32_t block_size, bool sample,
@@ -78,6 +80,7 @@ struct StepLimits {
   int64_t blocks = 0;
   int64_t block_size = 0;
   int64_t vocab_size = 0;
+  int64_t ranks = 1;
   // Each has a block of its own, where its newest token goes.
   [[nodiscard]] int64_t max_sequences() const;
   // Ids in all block tables together; sequences may share blocks.

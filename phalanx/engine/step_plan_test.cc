@@ -118,7 +118,7 @@ TEST(StepPlan, RefusalsNameTheField) {
   expect(32, 7, "num_sequences is 7, expected 1 to 6");
   expect(36, 0xffffffffu, "num_rows is 4294967295, expected 0 to 6");
   expect(40, 321, "num_blocks is 321, expected 2 to 320");  // sequences may share blocks
-  expect(44, 1, "reserved is 1");
+  expect(44, 2, "flags is 2");
   expect(tokens, 100, "token id is 100, expected 0 to 99");
   expect(tokens, 0xffffffffu, "token id is -1");
   expect(positions + 8, 3, "position is 3, expected 2");

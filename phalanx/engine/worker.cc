@@ -17,7 +17,7 @@ namespace {
 
 class Worker {
  public:
-  Worker(const WorkerOptions& options, models::Model& model, comm::Group& group,
+  Worker(const WorkerOptions& options, models::Model& model, comm::TracedGroup& group,
          StepChannelRank* channel, RankPage* page)
       : options_(options), model_(model), group_(group), channel_(channel), page_(page) {
     PHALANX_CHECK((channel != nullptr) == (group.rank() == 0));
@@ -46,12 +46,15 @@ class Worker {
     }
     last_step_ = header.step;
     set(&RankPage::step, header.step);
+    const bool traced = (header.flags & kTraceStep) != 0;
+    if (traced) group_.start();
     if (header.kind == StepKind::kCompute) {
       float* logits = channel_ != nullptr ? channel_->logits() : nullptr;
       model_.forward(plan_.inputs(), logits);
       if (log_) log_->append(plan_, logits);
     }
     const StepTiming timing = count();
+    if (traced) gather_traces(timing);
     if (channel_ != nullptr) channel_->publish(header.generation, header.step, timing);
     return !stop;
   }
@@ -119,6 +122,31 @@ class Worker {
     return {.total_ns = total, .compute_ns = compute, .communication_ns = wait + transfer};
   }
 
+  void gather_traces(const StepTiming& timing) {
+    group_.stop();
+    const auto ticks = [](int64_t ns) {
+      return static_cast<uint32_t>(std::clamp<int64_t>(ns / kTraceTickNs, 0, UINT32_MAX));
+    };
+    traces_.resize(static_cast<size_t>(group_.size()));
+    RankTrace& own = traces_[static_cast<size_t>(group_.rank())];
+    own = {.count = static_cast<uint32_t>(group_.events().size()),
+           .dropped = static_cast<uint32_t>(group_.dropped()),
+           .length = ticks(timing.total_ns)};
+    for (size_t i = 0; i < group_.events().size(); ++i) {
+      const comm::CollectiveEvent& event = group_.events()[i];
+      own.collectives[i] = {
+          .begin = ticks(event.begin_ns - begin_ns_),
+          .length = ticks(event.end_ns - event.begin_ns),
+          .wait = ticks(event.wait_ns),
+          .bytes = static_cast<uint32_t>(std::min<int64_t>(event.bytes, UINT32_MAX))};
+    }
+    const std::vector<int64_t> bytes(traces_.size(), sizeof(RankTrace));
+    group_.all_gather(reinterpret_cast<std::byte*>(traces_.data()), 1, bytes);
+    if (channel_ == nullptr) return;
+    const std::span<RankTrace> out = channel_->traces();
+    std::copy_n(traces_.begin(), std::min(traces_.size(), out.size()), out.begin());
+  }
+
   void set(std::atomic<uint64_t> RankPage::* field, uint64_t value) {
     if (page_ != nullptr) (page_->*field).store(value, std::memory_order_relaxed);
   }
@@ -128,12 +156,13 @@ class Worker {
 
   const WorkerOptions& options_;
   models::Model& model_;
-  comm::Group& group_;
+  comm::TracedGroup& group_;
   StepChannelRank* channel_;
   RankPage* page_;
   std::optional<LogitsLog> log_;
   std::vector<std::byte> buffer_;
   StepPlanView plan_;
+  std::vector<RankTrace> traces_;  // of the last traced step, by rank
   uint64_t last_step_ = 0;
   int64_t begin_ns_ = 0;
   comm::GroupStats at_begin_;  // when this step's plan had arrived
@@ -142,7 +171,7 @@ class Worker {
 
 }  // namespace
 
-void run_worker(const WorkerOptions& options, models::Model& model, comm::Group& group,
+void run_worker(const WorkerOptions& options, models::Model& model, comm::TracedGroup& group,
                 StepChannelRank* channel, RankPage* page) {
   uint64_t step = 0;
   const auto named = [&](const char* what) {

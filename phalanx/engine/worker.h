@@ -3,7 +3,7 @@
 #include <functional>
 #include <string>
 
-#include "phalanx/comm/group.h"
+#include "phalanx/comm/traced_group.h"
 #include "phalanx/engine/rank_page.h"
 #include "phalanx/engine/step_channel.h"
 #include "phalanx/models/model.h"
@@ -25,8 +25,10 @@ struct WorkerOptions {
 // generation and, unless it is kStop, the step after the last one; the first is 1. Any error is
 // reported to the head (rank 0) and rethrown; the group is aborted first.
 // A plan travels as a first piece of kFirstPieceBytes and, where it is longer, the rest.
+// After a step with kTraceStep all ranks gather what `group` did in it (the model must use the same
+// one), and rank 0 leaves that in the channel.
 // channel: rank 0 only, else nullptr. page: may be nullptr.
-void run_worker(const WorkerOptions& options, models::Model& model, comm::Group& group,
+void run_worker(const WorkerOptions& options, models::Model& model, comm::TracedGroup& group,
                 StepChannelRank* channel, RankPage* page);
 
 }  // namespace phalanx::engine

@@ -24,7 +24,8 @@ constexpr StepLimits kLimits{.max_tokens = 600,
                              .max_sequence = 700,
                              .blocks = 200,
                              .block_size = 8,
-                             .vocab_size = kHistoryVocab};
+                             .vocab_size = kHistoryVocab,
+                             .ranks = 3};
 
 EngineOptions engine_options() {
   return {.vocab_size = kHistoryVocab,
@@ -70,7 +71,8 @@ class Ranks {
     for (int rank = 0; rank < ranks_.size(); ++rank) {
       threads_.emplace_back([this, rank, adjust] {
         try {
-          const auto group = ranks_.form(rank);
+          const auto formed = ranks_.form(rank);
+          const auto group = std::make_unique<comm::TracedGroup>(*formed);
           HistoryModel model(kLimits.blocks, kLimits.block_size);
           model.on_forward = [&](const models::StepInputs&, float*) { group->barrier(); };
           if (adjust) adjust(*group, model);
@@ -189,6 +191,57 @@ TEST(Worker, TokensAndLogitsFilesAreTheSameForAnyRanksAndBatch) {
     }
   }
   std::filesystem::remove_all(base);
+}
+
+TEST(Worker, TracedStepsTellWhenEveryRankDidWhat) {
+  Ranks ranks({0, 1, 1});
+  // Two barriers a step; rank 2 is late for the second.
+  ranks.start([](comm::Group& group, HistoryModel& model) {
+    model.on_forward = [&group](const models::StepInputs&, float*) {
+      group.barrier();
+      if (group.rank() == 2) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      group.barrier();
+    };
+  });
+  {
+    ChannelExecutor executor(ranks.head);
+    Engine engine(engine_options(), executor);
+    EXPECT_EQ(engine.take_trace(true), std::nullopt);
+    ASSERT_TRUE(engine.begin_trace(2));
+    EXPECT_FALSE(engine.begin_trace(1));
+    EXPECT_EQ(engine.take_trace(false), std::nullopt);
+    const auto sink = std::make_shared<Answer>();
+    ASSERT_EQ(engine.submit(request_of(1, 4, 5), sink, nullptr), SubmitResult::kAccepted);
+    EXPECT_TRUE(engine.drain(Deadline::in_seconds(20)));
+    const auto trace = engine.take_trace(false);
+    ASSERT_TRUE(trace && trace->size() == 2);
+    EXPECT_EQ(trace->at(0).tokens, 4);
+    for (const StepTrace& step : *trace) {
+      EXPECT_EQ(step.generation, kGeneration);
+      EXPECT_EQ(step.rows, 1);
+      EXPECT_TRUE(step.begin_ns <= step.sent_ns && step.sent_ns < step.answered_ns &&
+                  step.answered_ns <= step.end_ns);
+      ASSERT_EQ(step.ranks.size(), 3u);
+      for (const StepTrace::Rank& rank : step.ranks) {
+        EXPECT_EQ(rank.dropped, 0u);
+        ASSERT_EQ(rank.collectives.size(), 2u);
+        uint32_t at = 0;
+        for (const CollectiveTrace& c : rank.collectives) {
+          EXPECT_GE(c.begin, at);
+          EXPECT_LE(c.wait, c.length + 1);
+          at = c.begin + c.length;
+        }
+        EXPECT_LE(at, rank.length + 1);
+      }
+      constexpr uint32_t kTenMs = 100'000;
+      EXPECT_GE(step.ranks[0].collectives[1].length, kTenMs);
+      EXPECT_GE(step.ranks[1].collectives[1].length, kTenMs);
+      EXPECT_GE(step.ranks[2].collectives[1].begin, kTenMs);
+    }
+    EXPECT_EQ(engine.take_trace(true), std::nullopt);
+  }
+  ranks.stop();
+  for (const std::string& error : ranks.errors) EXPECT_EQ(error, "");
 }
 
 TEST(Worker, AFaultOfOneRankReachesTheHead) {
