@@ -1,7 +1,7 @@
 # The front door. It only calls CMake presets and scripts/.
 PREFIX ?= /usr/local
 
-.PHONY: help build demo serve test test-clients test-long fuzz attack oracle bench bench-load bench-peers bench-service connections faults bench-recovery recoveries format lint install clean
+.PHONY: help build demo serve test test-clients test-long fuzz attack oracle bench bench-load bench-peers bench-service connections slow-clients faults bench-recovery recoveries format lint install clean
 
 help:
 	@echo "make build            build/release/phalanx (installs what is missing first)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-peers      the same work by llama.cpp, vLLM and OpenVINO; bench/PEERS.md"
 	@echo "make bench-service    what structures cost a step, what prompts that arrive cost others"
 	@echo "make connections      1,000 open streams on two nodes, and more than is allowed"
+	@echo "make slow-clients     what a slow reader and a slow sender cost everybody else, 2 minutes"
 	@echo "make faults           258 faults: every kind in every state over 2 and 3 nodes, under load (root)"
 	@echo "make recoveries       100 killed ranks in a row: memory and descriptors stay flat"
 	@echo "make bench-recovery   what a loss costs: detection, recovery, first token"
@@ -83,6 +84,10 @@ bench-service: build
 connections: build
 	@scripts/setup --tests
 	@build/venv/bin/python tests/stress_connections.py
+
+slow-clients: build
+	@scripts/setup --tests
+	@build/venv/bin/python tests/measure_slow_clients.py
 
 faults: build
 	@scripts/setup --tests

@@ -43,22 +43,23 @@ def step_ms(instance, extra, tokens=48):
     return spent / steps / 1e6
 
 
-def masks(instance, rounds=7):
+def masks(instance, rounds=11):
+    """Each structure beside a free text of the same round, so that a machine that drifts does not count."""
     for extra in STRUCTURES.values():
         step_ms(instance, extra)  # compiled once
     found = {name: [] for name in STRUCTURES}
     for _ in range(rounds):
         for name, extra in STRUCTURES.items():
             found[name].append(step_ms(instance, extra))
-    free = statistics.median(found["none"])
     for name, values in found.items():
         middle = statistics.median(values)
-        print(f"{name:12} {middle:8.3f} ms per step  {(middle / free - 1) * 100:+6.1f} %   "
+        more = statistics.median(v / free - 1 for v, free in zip(values, found["none"]))
+        print(f"{name:12} {middle:8.3f} ms per step  {more * 100:+6.1f} %   "
               f"({min(values):.3f} to {max(values):.3f})", flush=True)
 
 
-async def post(port, body, gaps=None):
-    """Reads a stream; appends the seconds between its pieces to `gaps`."""
+async def post(port, body, gaps=None, begun=None):
+    """Reads a stream; appends the seconds between its pieces to `gaps`. Sets `begun` at the first."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     text = json.dumps({"model": "demo", "temperature": 0, "stream": True, "ignore_eos": True, **body})
     writer.write((f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n"
@@ -70,11 +71,13 @@ async def post(port, body, gaps=None):
             if last is not None and gaps is not None:
                 gaps.append(now - last)
             last = now
+            if begun is not None:
+                begun.set()
     writer.close()
 
 
-async def running(port, tokens, gaps, count=4):
-    await asyncio.gather(*(post(port, {"prompt": f"Number {i} is", "max_tokens": tokens}, gaps)
+async def running(port, tokens, gaps, count=4, begun=None):
+    await asyncio.gather(*(post(port, {"prompt": f"Number {i} is", "max_tokens": tokens}, gaps, begun)
                            for i in range(count)))
 
 
@@ -88,7 +91,9 @@ async def prompts_arrive(instance, rounds=3, tokens=150):
     number = 0
     for _ in range(rounds):
         await running(instance.port, tokens, found["without"])
-        task = asyncio.create_task(running(instance.port, tokens, found["with"]))
+        begun = asyncio.Event()
+        task = asyncio.create_task(running(instance.port, tokens, found["with"], begun=begun))
+        await begun.wait()  # requests that run while prompts arrive
         while not task.done():
             number += 1
             prompt = [word, 1000 + number, *([word] * 1498)]
@@ -97,7 +102,7 @@ async def prompts_arrive(instance, rounds=3, tokens=150):
         await task
     for name, gaps in found.items():
         print(f"inter-token time {name:8} prompts: p50 {statistics.median(gaps) * 1e3:7.2f} ms, "
-              f"p99 {p99(gaps):7.2f} ms, {len(gaps)} gaps")
+              f"p99 {p99(gaps):7.2f} ms, most {max(gaps) * 1e3:.1f} ms, {len(gaps)} gaps")
     print(f"{number} prompts of 1,500 tokens; p99 is {p99(found['with']) / p99(found['without']):.2f} times that without")
 
 
