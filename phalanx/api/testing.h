@@ -168,7 +168,7 @@ class ScriptEngine final : public EnginePort {
   }
   // Waits until `running` requests are left.
   bool wait_running(int64_t running) {
-    const Deadline deadline = Deadline::in_seconds(10);
+    const Deadline deadline = Deadline::in_seconds(60);
     while (!deadline.passed()) {
       if (stats().running == running) return true;
       std::this_thread::sleep_for(std::chrono::milliseconds(2));

@@ -111,8 +111,8 @@ TEST(StepPlan, RefusalsNameTheField) {
     EXPECT_NE(message.find(text), std::string::npos) << message << "\nexpected: " << text;
   };
   expect(0, 1, "magic is 1, expected 1280333904");
-  expect(4, 2 | 1 << 16, "version is 2, expected 1");
-  expect(4, 1 | 9 << 16, "kind is 9, expected 1 to 3");
+  expect(4, 1 | 1 << 16, "version is 1, expected 2");
+  expect(4, 2 | 9 << 16, "kind is 9, expected 1 to 3");
   expect(24, 12, "bytes is 12, expected 192");
   expect(28, 65, "num_tokens is 65, expected 1 to 64");
   expect(32, 7, "num_sequences is 7, expected 1 to 6");
