@@ -7,18 +7,19 @@
 
 namespace phalanx {
 
-int64_t resident_bytes() {
+int64_t own_resident_bytes() {
   std::ifstream statm("/proc/self/statm");
   int64_t all_pages = 0;
   int64_t resident_pages = 0;
-  statm >> all_pages >> resident_pages;
-  return resident_pages * ::sysconf(_SC_PAGESIZE);
+  int64_t shared_pages = 0;
+  statm >> all_pages >> resident_pages >> shared_pages;
+  return (resident_pages - shared_pages) * ::sysconf(_SC_PAGESIZE);
 }
 
 void HeapTrim::when_idle() {
-  if (resident_bytes() < resident_bytes_ + kGrowthBytes) return;
+  if (own_resident_bytes() < own_bytes_ + kGrowthBytes) return;
   ::malloc_trim(0);
-  resident_bytes_ = resident_bytes();
+  own_bytes_ = own_resident_bytes();
 }
 
 }  // namespace phalanx

@@ -10,16 +10,16 @@ namespace phalanx {
 class HeapTrim {
  public:
   // To be called now and then while there is nothing to do. Trims (milliseconds) only if this
-  // process's resident memory has grown by kGrowthBytes since it last did.
+  // process's own memory has grown by kGrowthBytes since it last did.
   void when_idle();
 
   static constexpr int64_t kGrowthBytes = 4 << 20;
 
  private:
-  int64_t resident_bytes_ = 0;  // after the last trim
+  int64_t own_bytes_ = 0;  // after the last trim
 };
 
-// This process's own, as the kernel counts it.
-[[nodiscard]] int64_t resident_bytes();
+// Resident memory of this process that it shares with no file and no other process.
+[[nodiscard]] int64_t own_resident_bytes();
 
 }  // namespace phalanx
