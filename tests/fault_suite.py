@@ -72,8 +72,10 @@ class Suite:
     def run(self):
         a = self.arguments
         choice = random.Random(a.seed)
-        pairs = [tuple(a.only.split(":"))] * (a.count or 1) if a.only else \
-            plan(a.count or len(all_pairs()), choice)
+        if a.only:
+            pairs = [tuple(pair.split(":")) for pair in a.only.split(",")] * (a.count or 1)
+        else:
+            pairs = plan(a.count or len(all_pairs()), choice)
         print(f"seed {a.seed}, {len(pairs)} faults over {a.nodes} nodes, "
               f"{'in the clear' if a.clear else 'under TLS'}", flush=True)
         model = demo_model()
@@ -311,7 +313,7 @@ def main():
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clear", action="store_true", help="no TLS between the nodes")
-    parser.add_argument("--only", help="STATE:KIND")
+    parser.add_argument("--only", help="STATE:KIND,..., each --count times")
     parser.add_argument("--slack", type=float, default=1.0,
                         help="seconds over the limits of detection (3 s, dead 0.5 s) that one fault may "
                         "take on a machine that is busy with other work; their medians may not")
