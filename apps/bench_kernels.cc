@@ -34,7 +34,7 @@ struct Options {
   std::string dtype = "bf16";
   int rounds = 5;
   int64_t megabytes = 512;
-  std::vector<int64_t> tokens;  // of gemm; empty: 1 to 2048
+  std::vector<int64_t> tokens;  // of gemm and attention; empty: all
   bool cpu_time = false;     // of the calling thread: for one thread on a busy machine
 };
 
@@ -71,7 +71,7 @@ Options parse(int argc, char** argv, const std::string& what) {
       ->check(CLI::IsMember({"bf16", "f16", "f32", "i8"}));
   app.add_option("--rounds", o.rounds, "interleaved rounds; medians are printed")
       ->check(CLI::Range(1, 1000));
-  app.add_option("--tokens", o.tokens, "gemm: tokens at once (default: 1 to 2048)")
+  app.add_option("--tokens", o.tokens, "gemm and attention: tokens at once (attention: of 1, 512, 2048)")
       ->delimiter(',')
       ->check(CLI::Range(1, 2048));
   app.add_option("--megabytes", o.megabytes, "memory to read, far beyond the caches")
@@ -432,6 +432,9 @@ int bench_attention(int argc, char** argv) {
       };
       for (const Case c : {Case{1, 1, 16}, {1, 1, 512}, {1, 1, 8192}, {1, 1, 32768}, {32, 1, 256},
                            {32, 1, 2048}, {1, 512, 512}, {1, 2048, 2048}}) {
+        if (!o.tokens.empty() &&
+            std::find(o.tokens.begin(), o.tokens.end(), c.tokens) == o.tokens.end())
+          continue;
         Cache cache(c.sequences, c.context, dtype);
         const int64_t rows = c.sequences * c.tokens;
         const int64_t width = kHeads * Cache::kHeadDim;

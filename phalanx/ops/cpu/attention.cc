@@ -230,11 +230,15 @@ class Attention {
                        const std::byte** out) const {
     const SequenceSlice& s = sequences_[static_cast<size_t>(item.sequence)];
     const Range units = units_of(span);
-    for (int64_t u = units.begin; u < units.end; ++u) {
+    const int64_t unit_bytes = kKvUnit * kv_.head_dim * element_;
+    for (int64_t u = units.begin; u < units.end;) {
       const Place place = place_of(s, u * kKvUnit);
-      *out++ =
+      const std::byte* at =
           base +
           (kv_head_index(kv_, place.block, item.kv_head) + place.offset * kv_.head_dim) * element_;
+      const int64_t stop =
+          std::min(units.end, u + (kv_.block_size - place.offset) / kKvUnit);  // of the block
+      for (; u < stop; ++u, at += unit_bytes) *out++ = at;
     }
     return units.size();
   }

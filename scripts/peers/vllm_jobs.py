@@ -12,6 +12,7 @@ def main():
     arguments.add_argument("--model", required=True)
     arguments.add_argument("--threads", type=int, required=True)
     arguments.add_argument("--jobs", required=True, help="STREAMS:PROMPT:OUTPUT,...")
+    arguments.add_argument("--eager", action="store_true")
     a = arguments.parse_args()
     jobs = [tuple(map(int, job.split(":"))) for job in a.jobs.split(",")]
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -20,6 +21,7 @@ def main():
     from vllm import LLM, SamplingParams
 
     llm = LLM(a.model, dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False,
+              enforce_eager=a.eager,
               max_model_len=max(prompt + output + 16 for _, prompt, output in jobs),
               max_num_seqs=max(32, *(streams for streams, _, _ in jobs)))
     source = random.Random(1)
