@@ -73,6 +73,10 @@ class FakeNode final : public NodeActions {
     std::unique_lock lock(mutex_);
     return cv_.wait_for(lock, 10s, [&] { return calls_.ends_with(name + " "); });
   }
+  bool wait_for_abort() {
+    std::unique_lock lock(mutex_);
+    return cv_.wait_for(lock, 10s, [&] { return !aborts.empty(); });
+  }
   std::vector<std::string> abort_reasons() {
     const std::lock_guard lock(mutex_);
     return aborts;
