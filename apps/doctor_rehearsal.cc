@@ -123,12 +123,18 @@ class Multiplier {
     const int64_t panel = k * 16 * 2;  // bf16
     const int64_t panels = (part.bytes + panel - 1) / panel;
     const int64_t share = (panels + pool_.size() - 1) / pool_.size();
+    const int64_t most = region_ / panel - 1;  // at once, and one more that the kernel may ask for
+    if (most < 1)
+      throw Error(Code::kResourceExhausted,
+                  fmt::format("a linear layer of {} inputs does not fit the {} that each of {} "
+                              "threads rehearses with",
+                              k, format_bytes(region_), pool_.size()));
     pool_.run([&](int t) {
       const int64_t mine = std::min(share, panels - t * share);
       for (int64_t done = 0; done < mine;) {
-        const int64_t count = mine - done >= ops::cpu::kWidePanels
-                                  ? ops::cpu::kWidePanels
-                                  : std::min(ops::cpu::kGroupPanels, mine - done);
+        const int64_t left = std::min(most, mine - done);
+        const int64_t count =
+            left >= ops::cpu::kWidePanels ? ops::cpu::kWidePanels : std::min(ops::cpu::kGroupPanels, left);
         int64_t& at = at_[static_cast<size_t>(t)];
         if (at + (count + 1) * panel > region_) at = 0;
         alignas(64) float out[16 * ops::cpu::kWidePanels];
