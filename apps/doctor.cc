@@ -8,7 +8,6 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <random>
 #include <stdexcept>
 #include <thread>
 
@@ -197,13 +196,6 @@ void measure_links(const Arguments& a, DoctorReport& report) {
   }
 }
 
-comm::Token one_time_token() {
-  std::random_device random;
-  comm::Token token{};
-  for (std::byte& byte : token) byte = static_cast<std::byte>(random() & 0xff);
-  return token;
-}
-
 // One rehearsal on the first works.size() ranks: every node opens its part, then all run at once.
 std::vector<RehearsalResult> rehearse(const Arguments& a, const std::vector<RehearsalWork>& works) {
   const cluster::RankTable& table = a.options.table;
@@ -241,7 +233,7 @@ std::vector<RehearsalResult> rehearse(const Arguments& a, const std::vector<Rehe
     }
     part.question = {{"op", "rehearse"}, {"works", own}, {"seconds", kRehearsalSeconds}};
   }
-  const std::string token = token_to_hex(one_time_token());
+  const std::string token = token_to_hex(comm::random_token());
   std::vector<std::thread> threads;
   for (auto& [server, part] : parts) {
     part.question["members"] = to_json(members);

@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <random>
 
 #include "control.pb.h"
 #include "phalanx/base/log.h"
@@ -17,13 +16,6 @@ namespace {
 constexpr double kForEver = 1e8;
 constexpr auto kFirstPause = std::chrono::milliseconds(50);  // between attempts
 constexpr auto kLongestPause = std::chrono::milliseconds(2000);
-
-comm::Token random_token() {
-  std::random_device random;
-  comm::Token token{};
-  for (std::byte& byte : token) byte = static_cast<std::byte>(random() & 0xff);
-  return token;
-}
 
 FromMaster failure_message(Code code, const std::string& text) {
   FromMaster message;
@@ -95,7 +87,7 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
     }
   }
   ++generation.number;
-  generation.token = random_token();
+  generation.token = comm::random_token();
   stage = Stage::kPhases;
 
   FromMaster prepare;

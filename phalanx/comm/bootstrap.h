@@ -27,6 +27,8 @@ struct Member {
 };
 
 using Token = std::array<std::byte, 32>;  // one-time, from the control plane
+// A new one, of the system's random numbers.
+[[nodiscard]] Token random_token();
 
 struct GroupOptions {
   std::vector<Member> members;     // by rank

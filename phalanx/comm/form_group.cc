@@ -1,6 +1,7 @@
 #include <atomic>
 #include <mutex>
 #include <optional>
+#include <random>
 
 #include "phalanx/base/error.h"
 #include "phalanx/comm/bootstrap.h"
@@ -42,6 +43,13 @@ class SingleGroup final : public Group {
 };
 
 }  // namespace
+
+Token random_token() {
+  std::random_device random;
+  Token token{};
+  for (std::byte& byte : token) byte = static_cast<std::byte>(random() & 0xff);
+  return token;
+}
 
 std::unique_ptr<Group> form_group(const GroupOptions& options, int listener, int node_memory) {
   if (options.members.size() == 1) {
