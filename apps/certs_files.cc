@@ -12,8 +12,8 @@
 #include <filesystem>
 
 #include "apps/certs_layout.h"
-#include "phalanx/base/guarded_file.h"
 #include "phalanx/base/unique_fd.h"
+#include "phalanx/net/security_file.h"
 
 namespace phalanx::apps {
 namespace {
@@ -76,9 +76,7 @@ void write_security_file(const std::string& path, std::string_view text) {
 net::Secret read_or_throw(const std::string& path, mode_t max_mode) {
   Problems problems;
   Problems warnings;
-  std::string text = read_guarded_file(
-      path, {.max_mode = max_mode, .owner_x_warns = true, .check_switch_applies = false}, problems,
-      warnings);
+  std::string text = net::read_security_file(path, problems, warnings, max_mode);
   problems.throw_if_any("cannot use this file");
   net::Secret secret(text);
   net::wipe(text);
