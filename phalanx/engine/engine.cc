@@ -120,8 +120,7 @@ bool Engine::begin_trace(int64_t steps) {
   PHALANX_CHECK(steps > 0 && steps <= kMaxTracedSteps);
   State& s = *state_;
   const std::lock_guard lock(s.mutex);
-  if (s.tracing) return false;
-  s.tracing = true;
+  if (s.trace_wanted > 0) return false;
   s.trace_wanted = steps;
   s.traces.clear();
   return true;
@@ -130,8 +129,8 @@ bool Engine::begin_trace(int64_t steps) {
 std::optional<std::vector<StepTrace>> Engine::take_trace(bool now) {
   State& s = *state_;
   const std::lock_guard lock(s.mutex);
-  if (!s.tracing || (!now && std::ssize(s.traces) < s.trace_wanted)) return std::nullopt;
-  s.tracing = false;
+  if (s.trace_wanted == 0 || (!now && std::ssize(s.traces) < s.trace_wanted)) return std::nullopt;
+  s.trace_wanted = 0;
   return std::exchange(s.traces, {});
 }
 

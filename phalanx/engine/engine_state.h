@@ -86,8 +86,7 @@ struct Engine::State {
   bool suspend_wanted = false, suspended = false;
   std::optional<Resumption> resumption;
   std::function<void(const Error&)> failure_callback;
-  int64_t trace_wanted = 0;        // steps of the trace being made
-  bool tracing = false;
+  int64_t trace_wanted = 0;        // steps of the trace being made; 0: none is
   std::vector<StepTrace> traces;   // of it, so far
 
   std::thread thread;

@@ -134,13 +134,11 @@ void Engine::State::compute_step() {
   bool traced = false;
   {
     const std::lock_guard lock(mutex);
-    traced = tracing && std::ssize(traces) < trace_wanted;
+    traced = std::ssize(traces) < trace_wanted;
   }
   writer.begin(StepKind::kCompute, generation, next_step, traced ? kTraceStep : 0);
   PHALANX_CHECK(scheduler.plan(writer));
   const std::span<const std::byte> plan = writer.finish();
-  StepPlanHeader header;
-  std::memcpy(&header, plan.data(), sizeof(header));
   executor.load()->send(plan);
   ++next_step;
   const int64_t sent = now_ns();
@@ -179,6 +177,8 @@ void Engine::State::compute_step() {
   const int64_t end = now_ns();
   counted.overhead_ns += static_cast<uint64_t>(end - answered + sent - begin);
   if (!traced) return;
+  StepPlanHeader header;
+  std::memcpy(&header, plan.data(), sizeof(header));
   add_trace({.generation = generation,
              .step = next_step - 1,
              .begin_ns = begin,
@@ -200,7 +200,7 @@ void Engine::State::add_trace(StepTrace trace) {
                          rank.collectives.begin() + static_cast<std::ptrdiff_t>(count)}});
   }
   const std::lock_guard lock(mutex);
-  if (tracing) traces.push_back(std::move(trace));
+  if (trace_wanted > 0) traces.push_back(std::move(trace));
 }
 
 void Engine::State::idle_step() {
