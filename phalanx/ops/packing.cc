@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "phalanx/base/check.h"
+#include "phalanx/ops/cpu/transpose.h"
 #include "phalanx/ops/ops.h"
 
 namespace phalanx::ops {
@@ -42,25 +43,12 @@ void pack_panel(const MatrixView& source, int64_t row, int64_t count, int64_t k_
 
 // 8 words of each of 8 rows, `stride` words apart, to out[word][16 words].
 [[gnu::target("avx2")]] void transpose(const uint32_t* in, int64_t stride, uint32_t* out) {
-  __m256i a[8], b[8];
+  __m256i rows[8];
   for (int i = 0; i < 8; ++i)
-    a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i * stride));
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    auto* low = reinterpret_cast<__m256i*>(out + i * kRows);
-    auto* high = reinterpret_cast<__m256i*>(out + (i + 4) * kRows);
-    _mm256_store_si256(low, _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
-    _mm256_store_si256(high, _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
-  }
+    rows[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i * stride));
+  cpu::transpose8(rows);
+  for (int i = 0; i < 8; ++i)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + i * kRows), rows[i]);
 }
 
 // As pack_panel for 16 whole rows, up to the column it returns: words (one f32, or two neighbours of

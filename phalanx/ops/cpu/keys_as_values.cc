@@ -1,7 +1,7 @@
 #include "phalanx/ops/cpu/keys_as_values.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "phalanx/ops/cpu/transpose.h"
 #endif
 
 namespace phalanx::ops::cpu {
@@ -24,26 +24,6 @@ void transpose4(__m256i (&r)[4]) {
   r[1] = _mm256_permute2x128_si256(b, d, 0x20);
   r[2] = _mm256_permute2x128_si256(a, c, 0x31);
   r[3] = _mm256_permute2x128_si256(b, d, 0x31);
-}
-
-// The same of eight 4-byte words.
-void transpose8(__m256i (&r)[8]) {
-  __m256i t[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
-  }
-  for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
 // [i / 2][16][2] to [8][i][2]: a word of two positions by two channels moves as a whole.
