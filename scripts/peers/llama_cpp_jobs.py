@@ -3,13 +3,13 @@
 Random token ids, greedy; the weights are converted to GGUF once (llama_gguf.py).
 """
 
-import argparse
 import ctypes
-import json
 import random
 import time
 
 import llama_cpp
+
+import jobs
 
 
 def batch_of(tokens, positions, sequences, wanted):
@@ -33,19 +33,14 @@ def decode(context, tokens, positions, sequences, wanted):
 
 
 def main():
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--model", required=True)
-    arguments.add_argument("--threads", type=int, required=True)
-    arguments.add_argument("--jobs", required=True, help="STREAMS:PROMPT:OUTPUT,...")
-    a = arguments.parse_args()
+    a = jobs.parse(jobs.arguments())
     llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(
         a.model.encode(), llama_cpp.llama_model_default_params())
-    jobs = [tuple(map(int, job.split(":"))) for job in a.jobs.split(",")]
-    most = max(streams for streams, _, _ in jobs)
+    most = max(streams for streams, _, _ in a.jobs)
     p = llama_cpp.llama_context_default_params()
-    p.n_ctx = max(streams * (prompt + output + 16) for streams, prompt, output in jobs)
+    p.n_ctx = max(streams * (prompt + output + 16) for streams, prompt, output in a.jobs)
     p.kv_unified = True  # else every stream gets an equal share of n_ctx
     p.n_batch = p.n_ubatch = 2048
     p.n_seq_max = most
@@ -69,13 +64,7 @@ def main():
         return started - begin, end - started, end - begin
 
     run(1, 8, 4)
-    results = []
-    for streams, prompt, output in jobs:
-        prefill, decoding, whole = run(streams, prompt, output)
-        results.append({"prefill_tok_s": streams * prompt / prefill,
-                        "decode_tok_s": streams * (output - 1) / decoding,
-                        "whole_tok_s": streams * output / whole})
-    print(json.dumps(results))
+    jobs.report(a.jobs, run)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ The model is what `optimum-cli export openvino --weight-format fp16` made of the
 token ids, greedy.
 """
 
-import argparse
-import json
 import random
 import time
 
@@ -13,14 +11,11 @@ import numpy
 import openvino
 import openvino_genai
 
+import jobs
+
 
 def main():
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--model", required=True)
-    arguments.add_argument("--threads", type=int, required=True)
-    arguments.add_argument("--jobs", required=True, help="STREAMS:PROMPT:OUTPUT,...")
-    a = arguments.parse_args()
-    jobs = [tuple(map(int, job.split(":"))) for job in a.jobs.split(",")]
+    a = jobs.parse(jobs.arguments())
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.cache_size = 2
     scheduler.max_num_batched_tokens = 2048
@@ -42,14 +37,7 @@ def main():
         return time.monotonic() - begin
 
     run(1, 8, 4)
-    results = []
-    for streams, prompt, output in jobs:
-        prefill = run(streams, prompt, 1)
-        whole = run(streams, prompt, output)
-        results.append({"prefill_tok_s": streams * prompt / prefill,
-                        "decode_tok_s": streams * (output - 1) / (whole - prefill),
-                        "whole_tok_s": streams * output / whole})
-    print(json.dumps(results))
+    jobs.report(a.jobs, jobs.by_difference(run))
 
 
 if __name__ == "__main__":

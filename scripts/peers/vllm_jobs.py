@@ -1,20 +1,16 @@
 """vLLM on CPUs: jobs in turn, one JSON list on stdout. Random token ids, greedy, bf16, no prefix cache."""
 
-import argparse
-import json
 import os
 import random
 import time
 
+import jobs
+
 
 def main():
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--model", required=True)
-    arguments.add_argument("--threads", type=int, required=True)
-    arguments.add_argument("--jobs", required=True, help="STREAMS:PROMPT:OUTPUT,...")
+    arguments = jobs.arguments()
     arguments.add_argument("--eager", action="store_true")
-    a = arguments.parse_args()
-    jobs = [tuple(map(int, job.split(":"))) for job in a.jobs.split(",")]
+    a = jobs.parse(arguments)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{a.threads - 1}"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -22,8 +18,8 @@ def main():
 
     llm = LLM(a.model, dtype="bfloat16", skip_tokenizer_init=True, enable_prefix_caching=False,
               enforce_eager=a.eager,
-              max_model_len=max(prompt + output + 16 for _, prompt, output in jobs),
-              max_num_seqs=max(32, *(streams for streams, _, _ in jobs)))
+              max_model_len=max(prompt + output + 16 for _, prompt, output in a.jobs),
+              max_num_seqs=max(32, *(streams for streams, _, _ in a.jobs)))
     source = random.Random(1)
 
     def run(streams, prompt, output):
@@ -35,14 +31,7 @@ def main():
         return time.monotonic() - begin
 
     run(1, 8, 4)
-    results = []
-    for streams, prompt, output in jobs:
-        prefill = run(streams, prompt, 1)
-        whole = run(streams, prompt, output)
-        results.append({"prefill_tok_s": streams * prompt / prefill,
-                        "decode_tok_s": streams * (output - 1) / (whole - prefill),
-                        "whole_tok_s": streams * output / whole})
-    print(json.dumps(results))
+    jobs.report(a.jobs, jobs.by_difference(run))
 
 
 if __name__ == "__main__":
