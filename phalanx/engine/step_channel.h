@@ -13,10 +13,10 @@
 
 namespace phalanx::engine {
 
-// Shared memory between the head and rank 0: one plan area, one logits area, one of traces, and two sequence
-// words that each side waits on (spin ~50 us, then futex in slices of at most 50 ms). At most one
-// step is outstanding. A result carries (generation, step); anything but the outstanding pair is
-// dropped. Every kind of plan is answered, kStop too. Layout: step_channel.cc.
+// Shared memory between the head and rank 0: one plan area, one logits area, one of traces, and two
+// sequence words that each side waits on (spin ~50 us, then futex in slices of at most 50 ms). At
+// most one step is outstanding. A result carries (generation, step); anything but the outstanding
+// pair is dropped. Every kind of plan is answered, kStop too. Layout: step_channel.cc.
 
 // Bytes of the memfd for these limits.
 [[nodiscard]] int64_t step_channel_bytes(const StepLimits& limits);

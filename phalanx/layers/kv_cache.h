@@ -8,7 +8,8 @@
 namespace phalanx::layers {
 
 // The paged K and V of all layers on this rank. Each layer is two tensors
-// [block][kv_head][block_size * head_dim] (ops/kv_layout.h), or one where keys are values. Untouched blocks take no memory.
+// [block][kv_head][block_size * head_dim] (ops/kv_layout.h), or one where keys are values. Untouched
+// blocks take no memory.
 class KvCache {
  public:
   struct Shape {
