@@ -2,11 +2,9 @@
 import ctypes
 import os
 import subprocess
-import time
 
 from .fault_relay import Relay
-
-CLONE_NEWNET = 0x40000000
+from .network import CLONE_NEWNET, hold_network
 
 
 def ip(*arguments):
@@ -28,11 +26,8 @@ class Network:
         ip("address", "add", "10.99.0.100/24", "dev", "sw")
         self.holders = []
         for i in range(count):
-            holder = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
+            holder = hold_network()
             self.holders.append(holder)
-            own = os.readlink("/proc/self/ns/net")
-            while os.readlink(f"/proc/{holder.pid}/ns/net") == own:
-                time.sleep(0.01)
             subprocess.run(self.inside(i, "ip", "link", "set", "lo", "up"), check=True)
             for port, bridge, device, address in (("p", "sw", "eth0", self.address(i)),
                                                   ("d", "dw", "eth1", self.data_address(i))):

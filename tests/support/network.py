@@ -21,6 +21,20 @@ def _enter(path):
         os.close(fd)
 
 
+def hold_network():
+    """A process in a network namespace of its own, whose end is the caller's to bring."""
+    holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+    mine = os.readlink("/proc/self/ns/net")
+    deadline = time.monotonic() + 10
+    while os.readlink(f"/proc/{holder.pid}/ns/net") == mine:  # until unshare has done it
+        if time.monotonic() > deadline or holder.poll() is not None:
+            holder.kill()
+            holder.wait()
+            raise AssertionError("no network namespace within 10 s: root is needed")
+        time.sleep(0.01)
+    return holder
+
+
 class TwoNetworks:
     """Network i has the addresses 10.79.0.<i+1> and 10.79.1.<i+1> on the device `wire`."""
     device = "wire"
@@ -31,13 +45,7 @@ class TwoNetworks:
         self._home = f"/proc/self/fd/{self._home_fd}"
         try:
             for _ in range(2):
-                self.holders.append(subprocess.Popen(["unshare", "--net", "sleep", "infinity"]))
-            mine = os.readlink("/proc/self/ns/net")
-            deadline = time.monotonic() + 10
-            for holder in self.holders:  # until unshare has done it
-                while os.readlink(f"/proc/{holder.pid}/ns/net") == mine:
-                    assert time.monotonic() < deadline, "no network namespace"
-                    time.sleep(0.01)
+                self.holders.append(hold_network())
             self.ip(0, "link", "add", self.device, "type", "veth", "peer", "name", self.device,
                     "netns", str(self.holders[1].pid))
             for i in range(2):
