@@ -11,7 +11,7 @@ help:
 	@echo "make test-clients     npm, Hugging Face, Triton, litellm, langchain, lm-eval, schemathesis, promtool, chromium"
 	@echo "make test-long        a prompt of 32,768 tokens against its reference"
 	@echo "make fuzz             damaged frames, plans, tables, certificates, headers, configs; FUZZ_SECONDS=45 each"
-	@echo "make attack           strangers at the ports of two nodes under load, 5 minutes, ASan; ATTACK_SECONDS=300"
+	@echo "make attack           strangers at the ports of two nodes under load for 5 of 10 minutes, ASan; ATTACK_SECONDS=300"
 	@echo "make oracle           remakes tests/oracle/data and quantised (needs torch and transformers)"
 	@echo "make bench            memory, kernels, collectives, engine; tables in bench/RESULTS.md"
 	@echo "make bench-load       loading beside plain reading and memcpy; 4 GB with experts over two nodes"

@@ -1,6 +1,6 @@
 """Strangers at the control and data ports while two nodes start and then serve under load:
 
-    make attack          (ATTACK_SECONDS=300; the program is the ASan build)
+    make attack          (ATTACK_SECONDS=300 under attack, and as long without; the program is the ASan build)
 
 No crash, no growth, no request lost, throughput within a tenth of that of the minutes without them."""
 import http.client
@@ -89,7 +89,8 @@ def descriptors(pid):
 
 
 def attack(folder, model, seconds, window):
-    """Alternates windows of `window` seconds with and without attackers. A dictionary of what was seen."""
+    """Alternates windows of `window` seconds with and without attackers, until the former add up to
+    `seconds`. A dictionary of what was seen."""
     with Secured(pathlib.Path(folder) / "attacked", model) as instance:
         data_ports = free_ports(2, instance.addresses)
         ports = ",".join(map(str, [instance.node_port, *data_ports]))
@@ -123,13 +124,15 @@ def attack(folder, model, seconds, window):
             pids = processes(instance)
             before, open_before = resident_mib(pids), descriptors(pids[0])
             counts = {"on": [], "off": []}
-            end = time.monotonic() + seconds
-            while time.monotonic() < end or len(counts["off"]) < 2:
+            attacked = 0.0
+            while attacked < seconds or len(counts["off"]) < 2:
                 for word in ("off", "on") if len(counts["on"]) % 2 else ("on", "off"):
                     say(word)
                     mark, at = load.tokens, time.monotonic()
                     time.sleep(window)
-                    counts[word].append((load.tokens - mark) / (time.monotonic() - at))
+                    passed = time.monotonic() - at
+                    counts[word].append((load.tokens - mark) / passed)
+                    attacked += passed if word == "on" else 0
             after = resident_mib(pids)
             say("off")
             load.end()

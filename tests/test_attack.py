@@ -3,7 +3,7 @@ from attack import attack, problems, told
 
 
 def test_strangers_cost_nothing_but_a_handshake(tmp_path, model):
-    seen = attack(tmp_path, model, 10, 1.5)
+    seen = attack(tmp_path, model, 6, 1.5)
     print(told(seen))
     # Windows this short scatter on a busy machine; `make attack` asks for 0.9.
     found = problems(seen, 0.5)
