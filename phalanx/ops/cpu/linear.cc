@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "phalanx/ops/cpu/cpu.h"
-#include "phalanx/ops/cpu/kernels.h"
+#include "phalanx/ops/cpu/linear_float.h"
 #include "phalanx/ops/cpu/runs.h"
 #include "phalanx/ops/packing.h"
 #include "phalanx/ops/scratch.h"
@@ -42,87 +42,35 @@ Plan make_plan(int64_t panels, int64_t tokens, int64_t threads) {
   return plan;
 }
 
-// k in one call: all of it when the weights pass by once, else what stays in the L2 cache
-// (kGroupPanels panels) and, times kTileRows rows of x, in L1.
-int64_t k_block(int64_t tokens, const PackedLinear& w, bool pairs, bool widens) {
-  if (tokens <= kTileRows) return w.k;
-  return widens ? kWidenK : pairs ? 2048 : 1024;
-}
-
 // finish(sums, stride of their rows, panels, tokens): the epilogue of one item.
 template <typename Finish>
 void multiply(Context& ctx, const MatrixView& x, const PackedLinear& w, Finish finish) {
   Context::Scratch& scratch = ctx.scratch();
-  const Kernels& kernels = *scratch.kernels;
   ThreadPool& pool = ctx.pool();
   if (x.rows == 0 || w.rows == 0) return;
 
-  const bool pairs = w.dtype == DType::kBF16 && kernels.pairs;
-  const void* input = x.data;
-  int64_t stride = x.stride;
-  if (w.dtype == DType::kBF16 && !pairs) {
-    PHALANX_CHECK(x.rows <= scratch.max_tokens && x.cols <= scratch.max_k);
-    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, x.cols));
-    pool.for_each(x.rows, grain, [&](int64_t t) {
-      kernels.convert(x.row<const uint16_t>(t), true, x.cols, scratch.widened + t * x.cols, false);
-    });
-    input = scratch.widened;
-    stride = x.cols;
-  }
-  const auto call = w.dtype == DType::kBF16  ? kernels.multiply_bf16
-                    : w.dtype == DType::kF16 ? kernels.multiply_f16
-                                             : kernels.multiply_f32;
-  const int64_t x_bytes = pairs ? 2 : 4;
-  const int64_t bytes_per_k = kPanel * static_cast<int64_t>(tensor::dtype_bytes(w.dtype));
+  const FloatInputs inputs = float_inputs(ctx, x, w);
   const int64_t panel = panel_bytes(w.k, w.dtype);
   const int64_t threads = pool.size();
   const Plan plan = make_plan(panels_of(w.rows), x.rows, threads);
-  // Where register tiles are narrow, half-wide weights are widened once for all tokens of an item,
-  // not once for each tile of rows.
-  const bool widens = kernels.narrow && w.dtype != DType::kF32 && x.rows > 2 * kTileRows;
-  const auto widen = w.dtype == DType::kBF16 ? kernels.widen_bf16 : kernels.widen_f16;
-  const int64_t step = k_block(x.rows, w, pairs, widens);
   const int64_t count = plan.items();
   const int64_t sum_stride = std::max(plan.unit, kGroupPanels) * kPanel;
   auto weights_of = [&](int64_t item) { return w.data + plan.panels_of_item(item).begin * panel; };
 
   auto run_item = [&](const ThreadScratch& t, int64_t item, const std::byte* next) {
-    float* sums = t.sums;
     const Range panels = plan.panels_of_item(item);
     const Range tokens = plan.tokens_of_item(item);
-    const std::byte* weights = weights_of(item);
-    for (int64_t k = 0; k < w.k; k += step) {
-      const bool last = k + step >= w.k;
-      if (widens) {
-        const int64_t count = std::min(step, w.k - k);
-        const int64_t padded = count + count % 2;
-        for (int64_t p = 0; p < panels.size(); ++p)
-          widen(weights + p * panel + k * bytes_per_k, padded, t.widened + p * padded * kPanel);
-        kernels.multiply_f32({.x = static_cast<const float*>(input) + tokens.begin * stride + k,
-                              .x_stride = stride,
-                              .rows = tokens.size(),
-                              .w = reinterpret_cast<const std::byte*>(t.widened),
-                              .panel_stride = padded * kPanel * static_cast<int64_t>(sizeof(float)),
-                              .panels = panels.size(),
-                              .k = count,
-                              .c = sums,
-                              .c_stride = sum_stride,
-                              .accumulate = k > 0});
-        continue;
-      }
-      call({.x = static_cast<const std::byte*>(input) + (tokens.begin * stride + k) * x_bytes,
-            .x_stride = stride,
-            .rows = tokens.size(),
-            .w = weights + k * bytes_per_k,
-            .panel_stride = panel,
-            .panels = panels.size(),
-            .k = std::min(step, w.k - k),
-            .c = sums,
-            .c_stride = sum_stride,
-            .accumulate = k > 0,
-            .next = last ? next : weights + (k + step) * bytes_per_k});
-    }
-    finish(sums, sum_stride, panels, tokens);
+    multiply_float(*scratch.kernels,
+                   {.w = w,
+                    .inputs = inputs,
+                    .tokens = tokens,
+                    .all_tokens = x.rows,
+                    .panel_bytes = panel,
+                    .panels = panels,
+                    .next = next,
+                    .sum_stride = sum_stride},
+                   t);
+    finish(t.sums, sum_stride, panels, tokens);
   };
 
   scratch.next_item.store(0, std::memory_order_relaxed);

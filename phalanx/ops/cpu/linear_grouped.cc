@@ -2,7 +2,7 @@
 #include <array>
 
 #include "phalanx/ops/cpu/cpu.h"
-#include "phalanx/ops/cpu/kernels.h"
+#include "phalanx/ops/cpu/linear_float.h"
 #include "phalanx/ops/cpu/linear_quantised.h"
 #include "phalanx/ops/cpu/runs.h"
 #include "phalanx/ops/packing.h"
@@ -142,23 +142,9 @@ class Wave {
   }
 
   void prepare_float() {
-    const PackedLinear& w = *cuts_[0].layer->w;
-    pairs_ = w.dtype == DType::kBF16 && kernels_.pairs;
-    multiply_ = w.dtype == DType::kBF16  ? kernels_.multiply_bf16
-                : w.dtype == DType::kF16 ? kernels_.multiply_f16
-                                         : kernels_.multiply_f32;
     const int64_t begin = cuts_[0].layer->rows.begin;
-    input_ = x_.row<const std::byte>(0) + begin * x_.stride * (pairs_ ? 2 : 4);
-    stride_ = x_.stride;
-    if (w.dtype != DType::kBF16 || pairs_) return;
     const int64_t rows = cuts_[count_ - 1].layer->rows.end - begin;
-    PHALANX_CHECK(rows <= scratch_.max_tokens && x_.cols <= scratch_.max_k);
-    ctx_.pool().for_each(rows, grain(65536), [&](int64_t i) {
-      kernels_.convert(x_.row<const uint16_t>(begin + i), true, x_.cols,
-                       scratch_.widened + i * x_.cols, false);
-    });
-    stride_ = x_.cols;
-    input_ = reinterpret_cast<const std::byte*>(scratch_.widened);
+    float_inputs_ = float_inputs(ctx_, x_.rows_of(begin, rows), *cuts_[0].layer->w);
   }
 
   void prepare_quantised() {
@@ -189,9 +175,19 @@ class Wave {
     const GroupedLinear& layer = *c.layer;
     const Range panels = c.panels_of(item);
     const Range rows = c.rows_of(item);
+    const int64_t first = cuts_[0].layer->rows.begin;
     const float* sums = t.sums;
     if (is_float(*layer.w))
-      multiply_float(t, c, panels, rows, next);
+      multiply_float(kernels_,
+                     {.w = *layer.w,
+                      .inputs = float_inputs_,
+                      .tokens = {rows.begin - first, rows.end - first},
+                      .all_tokens = layer.rows.size(),
+                      .panel_bytes = c.panel_bytes,
+                      .panels = panels,
+                      .next = next,
+                      .sum_stride = c.sum_stride()},
+                     t);
     else
       sums = multiply_quantised(scratch_,
                                 {.w = *layer.w,
@@ -217,47 +213,6 @@ class Wave {
       kernels_.finish(sums, c.sum_stride(), rows.size(), cols, bias, to, out_.stride, bf16);
   }
 
-  // As cpu::linear: k in pieces that stay in the caches, where the weights pass by more than once.
-  void multiply_float(ThreadScratch& t, const Cut& c, Range panels, Range rows,
-                      const std::byte* next) const {
-    const PackedLinear& w = *c.layer->w;
-    const int64_t first = cuts_[0].layer->rows.begin;
-    const int64_t x_bytes = pairs_ ? 2 : 4;
-    const int64_t bytes_per_k = kPanel * static_cast<int64_t>(tensor::dtype_bytes(w.dtype));
-    const std::byte* weights = w.data + panels.begin * c.panel_bytes;
-    const bool widens =
-        kernels_.narrow && w.dtype != DType::kF32 && c.layer->rows.size() > 2 * kTileRows;
-    const int64_t step = c.layer->rows.size() <= kTileRows ? w.k
-                         : widens                          ? kWidenK
-                         : pairs_                          ? 2048
-                                                           : 1024;
-    for (int64_t k = 0; k < w.k; k += step) {
-      const int64_t count = std::min(step, w.k - k);
-      Product product{.x = input_ + ((rows.begin - first) * stride_ + k) * x_bytes,
-                      .x_stride = stride_,
-                      .rows = rows.size(),
-                      .w = weights + k * bytes_per_k,
-                      .panel_stride = c.panel_bytes,
-                      .panels = panels.size(),
-                      .k = count,
-                      .c = t.sums,
-                      .c_stride = c.sum_stride(),
-                      .accumulate = k > 0};
-      if (widens) {
-        const int64_t padded = count + count % 2;
-        const auto widen = w.dtype == DType::kBF16 ? kernels_.widen_bf16 : kernels_.widen_f16;
-        for (int64_t p = 0; p < panels.size(); ++p)
-          widen(product.w + p * c.panel_bytes, padded, t.widened + p * padded * kPanel);
-        product.w = reinterpret_cast<const std::byte*>(t.widened);
-        product.panel_stride = padded * kPanel * static_cast<int64_t>(sizeof(float));
-        kernels_.multiply_f32(product);
-      } else {
-        product.next = k + step >= w.k ? next : product.w + step * bytes_per_k;
-        multiply_(product);
-      }
-    }
-  }
-
   Context& ctx_;
   Context::Scratch& scratch_;
   const Kernels& kernels_;
@@ -267,11 +222,7 @@ class Wave {
   const bool gated_;
   std::array<Cut, kLayers> cuts_;
   size_t count_ = 0;
-  // Of float weights:
-  void (*multiply_)(const Product&) = nullptr;
-  bool pairs_ = false;
-  const std::byte* input_ = nullptr;  // of the first row of the wave
-  int64_t stride_ = 0;
+  FloatInputs float_inputs_;
 };
 
 }  // namespace
