@@ -140,6 +140,7 @@ json run_waves(const BenchArguments& a, const BenchLayout& layout, Instance& ins
   Machine machine(all, {host.cpus.begin(), host.cpus.begin() + all}, plan.info);
   (void)run_prompts(engine, make_requests(random, plan.info.vocab_size, 1, a.prompt, 4), 1);
   json waves = json::array();
+  const double kv_bytes = kv_bytes_per_position(plan.info, models::KvDtype::kCheckpoint);
   machine.measure();
   for (const int64_t batch : a.batches) {
     const auto requests =
@@ -153,7 +154,7 @@ json run_waves(const BenchArguments& a, const BenchLayout& layout, Instance& ins
     };
     const double context =
         static_cast<double>(a.prompt) + static_cast<double>(outputs.at(batch)) / 2;
-    const Floor decode = machine.floor(decode_work(plan.info, batch, context));
+    const Floor decode = machine.floor(decode_work(plan.info, kv_bytes, batch, context));
     const Floor prefill = machine.floor(prefill_work(plan.info, batch, a.prompt));
     const double step = spent("engine", "step_ns");
     wave.update({{"batch", batch},

@@ -1,9 +1,11 @@
 #include "apps/bench_roofline.h"
 
+#include <fmt/format.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 
 #include "phalanx/base/clock.h"
@@ -18,24 +20,93 @@ constexpr int64_t kMemory = int64_t{512} << 20;
 constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kPeakSteps = 1'000'000;
 
-double layer_parameters(const models::ModelInfo& m) {
-  const auto hidden = static_cast<double>(m.hidden_size);
-  const auto heads = static_cast<double>(m.num_attention_heads * m.head_dim);
-  const auto kv = static_cast<double>(m.num_key_value_heads * m.head_dim);
-  return static_cast<double>(m.num_layers) *
-         (hidden * (2 * heads + 2 * kv) + 3 * hidden * static_cast<double>(m.intermediate_size));
+// Elements of weights, of all layers, and of the head.
+struct Parameters {
+  double every_token = 0;  // multiplied with every token
+  double expert = 0;       // one routed expert
+  double head = 0;
+};
+
+double expert_layers(const models::ModelInfo& m) {
+  return static_cast<double>(std::count(m.experts.in_layer.begin(), m.experts.in_layer.end(), true));
 }
 
-double head_parameters(const models::ModelInfo& m) {
-  return static_cast<double>(m.hidden_size) * static_cast<double>(m.vocab_size);
+double attention_parameters(const models::ModelInfo& m) {
+  const auto hidden = static_cast<double>(m.hidden_size);
+  const auto heads = static_cast<double>(m.num_attention_heads);
+  const models::LatentAttention& l = m.latent;
+  if (l.kv_lora_rank == 0)
+    return static_cast<double>(m.head_dim) * hidden *
+           (2 * heads + 2 * static_cast<double>(m.num_key_value_heads));
+  const auto query = static_cast<double>(l.qk_nope_head_dim + l.qk_rope_head_dim);
+  const auto value = static_cast<double>(l.v_head_dim);
+  const auto row = static_cast<double>(l.kv_lora_rank);
+  const auto q_rank = static_cast<double>(l.q_lora_rank);
+  return (q_rank > 0 ? q_rank * (hidden + heads * query) : hidden * heads * query) +
+         hidden * (row + static_cast<double>(l.qk_rope_head_dim)) +
+         row * heads * (static_cast<double>(l.qk_nope_head_dim) + value) + heads * value * hidden;
+}
+
+Parameters parameters(const models::ModelInfo& m) {
+  const auto hidden = static_cast<double>(m.hidden_size);
+  const models::Experts& e = m.experts;
+  const auto layers = static_cast<double>(m.num_layers);
+  const double routed = expert_layers(m);
+  return {.every_token = layers * attention_parameters(m) +
+                         (layers - routed) * 3 * hidden * static_cast<double>(m.intermediate_size) +
+                         routed * hidden *
+                             (static_cast<double>(e.count) +
+                              3 * static_cast<double>(e.shared_intermediate_size)),
+          .expert = 3 * hidden * static_cast<double>(e.intermediate_size),
+          .head = hidden * static_cast<double>(m.vocab_size)};
+}
+
+// Of one element of the experts, scales included.
+double expert_element_bytes(const models::ModelInfo& m) {
+  const auto stored = static_cast<double>(tensor::dtype_bytes(m.dtype));
+  if (m.formats == nullptr) return stored;
+  const models::Experts& e = m.experts;
+  const auto layer = std::find(e.in_layer.begin(), e.in_layer.end(), true) - e.in_layer.begin();
+  const quant::LinearFormat* format = m.formats->find(
+      fmt::format("model.layers.{}.{}.experts.0.{}", layer, e.block, e.down));
+  if (format == nullptr || format->scheme == quant::Scheme::kFloat) return stored;
+  const double scales =
+      format->group == 0 ? 0
+                         : static_cast<double>(tensor::dtype_bytes(format->scale_dtype)) /
+                               static_cast<double>(format->group * format->block_rows);
+  return format->bits / 8.0 + scales;
+}
+
+// Experts of a layer that no token is sent to.
+double idle_experts(const models::Experts& e, double tokens) {
+  if (e.count == 0) return 0;
+  const auto count = static_cast<double>(e.count);
+  return count * std::pow(1 - static_cast<double>(e.per_token) / count, tokens);
 }
 
 // The embedding is read by rows, so its bytes count only where it is the head too.
-double weight_bytes(const models::ModelInfo& m) {
-  const double table = m.tied_embeddings
-                           ? 0
-                           : head_parameters(m) * static_cast<double>(tensor::dtype_bytes(m.dtype));
-  return static_cast<double>(m.parameter_bytes) - table;
+double weight_bytes(const models::ModelInfo& m, double tokens) {
+  const Parameters p = parameters(m);
+  const double table =
+      m.tied_embeddings ? 0 : p.head * static_cast<double>(tensor::dtype_bytes(m.dtype));
+  const double idle =
+      expert_layers(m) * idle_experts(m.experts, tokens) * p.expert * expert_element_bytes(m);
+  return std::max(static_cast<double>(m.parameter_bytes) - table - idle, 0.0);
+}
+
+// Of one token but for attention and the head.
+double token_flops(const models::ModelInfo& m) {
+  const Parameters p = parameters(m);
+  return 2 * (p.every_token +
+              expert_layers(m) * static_cast<double>(m.experts.per_token) * p.expert);
+}
+
+// Of one query with one position, all layers: over the compressed rows where keys are values.
+double position_flops(const models::ModelInfo& m) {
+  const double width = m.latent.kv_lora_rank > 0
+                           ? static_cast<double>(2 * m.latent.kv_lora_rank + m.latent.qk_rope_head_dim)
+                           : 2 * static_cast<double>(m.head_dim);
+  return 2 * static_cast<double>(m.num_layers * m.num_attention_heads) * width;
 }
 
 double median(std::vector<double> v) {
@@ -61,25 +132,31 @@ const ops::cpu::Kernels& kernels_of(ops::Isa isa) {
 
 }  // namespace
 
-StepWork decode_work(const models::ModelInfo& m, int64_t batch, double context) {
+double kv_bytes_per_position(const models::ModelInfo& m, models::KvDtype kv) {
+  const models::ModelOptions one{.max_step_tokens = 1, .max_step_rows = 1, .max_sequence = 1,
+                                 .kv = kv, .weights = {1}};
+  return static_cast<double>(models::memory_need(m, one).kv_bytes_per_block) /
+         static_cast<double>(one.block_size);
+}
+
+StepWork decode_work(const models::ModelInfo& m, double kv_bytes, int64_t batch, double context) {
   const auto sequences = static_cast<double>(batch);
-  const double kv_bytes = 2.0 * static_cast<double>(m.num_layers) *
-                          static_cast<double>(m.num_key_value_heads * m.head_dim) *
-                          static_cast<double>(tensor::dtype_bytes(m.act)) * context;
-  const double attention = 4.0 * static_cast<double>(m.num_layers) *
-                           static_cast<double>(m.num_attention_heads * m.head_dim) * context;
-  return {.bytes = weight_bytes(m) + sequences * kv_bytes,
-          .flops = sequences * (2 * (layer_parameters(m) + head_parameters(m)) + attention)};
+  return {.bytes = weight_bytes(m, sequences) + sequences * kv_bytes * context,
+          .flops = sequences *
+                   (token_flops(m) + 2 * parameters(m).head + position_flops(m) * context)};
 }
 
 StepWork prefill_work(const models::ModelInfo& m, int64_t batch, int64_t prompt) {
   const auto tokens = static_cast<double>(prompt);
-  const double attention = 4.0 * static_cast<double>(m.num_layers) *
-                           static_cast<double>(m.num_attention_heads * m.head_dim) * tokens *
-                           (tokens + 1) / 2;
-  return {.bytes = weight_bytes(m),
-          .flops = static_cast<double>(batch) *
-                   (2 * layer_parameters(m) * tokens + 2 * head_parameters(m) + attention)};
+  const auto prompts = static_cast<double>(batch);
+  // Keys and values of the heads themselves may take fewer operations than compressed rows.
+  const models::LatentAttention& l = m.latent;
+  const double own = 2 * static_cast<double>(m.num_layers * m.num_attention_heads) *
+                     static_cast<double>(l.qk_nope_head_dim + l.qk_rope_head_dim + l.v_head_dim);
+  const double position = l.kv_lora_rank > 0 ? std::min(own, position_flops(m)) : position_flops(m);
+  return {.bytes = weight_bytes(m, prompts * tokens),
+          .flops = prompts * (token_flops(m) * tokens + 2 * parameters(m).head +
+                              position * tokens * (tokens + 1) / 2)};
 }
 
 Machine::Machine(int threads, const std::vector<int>& cpus, const models::ModelInfo& info)

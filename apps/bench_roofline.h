@@ -11,14 +11,19 @@
 
 namespace phalanx::apps {
 
-// What a step of a model must at least move and compute, on all ranks together.
+// What a step of a model must at least move and compute, on all ranks together. Of experts, those
+// that so many tokens are expected to be sent to, if each is as likely as the others.
 struct StepWork {
   double bytes = 0;  // weights once, and the KV cache of every sequence
   double flops = 0;
 };
 
-// `batch` sequences decode one token each at this context (positions in the cache).
-[[nodiscard]] StepWork decode_work(const models::ModelInfo& info, int64_t batch, double context);
+// Of all layers, each head stored once.
+[[nodiscard]] double kv_bytes_per_position(const models::ModelInfo& info, models::KvDtype kv);
+// `batch` sequences decode one token each at this context (positions in the cache of
+// `kv_bytes` each).
+[[nodiscard]] StepWork decode_work(const models::ModelInfo& info, double kv_bytes, int64_t batch,
+                                   double context);
 // `batch` prompts are computed from their first token; activations and the KV cache fit in caches.
 [[nodiscard]] StepWork prefill_work(const models::ModelInfo& info, int64_t batch, int64_t prompt);
 

@@ -18,9 +18,8 @@ class Prediction {
  public:
   Prediction(const DoctorReport& report, const std::string& model, double context)
       : report_(report), model_(model), info_(models::read_model_info(model)),
-        work_(decode_work(info_, 1, context)) {
-    leave_out_idle_experts();
-  }
+        work_(decode_work(info_, kv_bytes_per_position(info_, models::KvDtype::kCheckpoint), 1,
+                          context)) {}
 
   [[nodiscard]] const models::ModelInfo& info() const { return info_; }
   // What each of so many ranks does for a token, by rank.
@@ -36,18 +35,6 @@ class Prediction {
   }
 
  private:
-  // A token reads and computes the experts that it is sent to.
-  void leave_out_idle_experts() {
-    const models::Experts& e = info_.experts;
-    if (e.count == 0) return;
-    const auto layers = static_cast<double>(std::count(e.in_layer.begin(), e.in_layer.end(), true));
-    const double idle = layers * static_cast<double>(e.count - e.per_token) * 3.0 *
-                        static_cast<double>(e.intermediate_size * info_.hidden_size);
-    const double bytes = info_.formats != nullptr
-                             ? 1.0
-                             : static_cast<double>(tensor::dtype_bytes(info_.dtype));
-    work_.bytes = std::max(work_.bytes - idle * bytes, work_.bytes * 0.01);
-  }
   const DoctorReport& report_;
   std::string model_;
   models::ModelInfo info_;
