@@ -337,6 +337,7 @@ std::string Coordinator::State::lose(int index, const std::string& verdict,
 
 void Coordinator::State::fault(int index, Code code, const std::string& text, bool symptom) {
   if (stage == Stage::kEnding || stage == Stage::kClosed) return;
+  const bool recoverable = may_be_symptom(code) || stage == Stage::kServing;
   symptom = symptom && may_be_symptom(code);
   if (failure) {
     if (Clock::now() >= failure->settles) return;
@@ -346,7 +347,7 @@ void Coordinator::State::fault(int index, Code code, const std::string& text, bo
       failure->code = code;
       failure->server = index;
       failure->symptom = false;
-      failure->recoverable = stage == Stage::kServing;
+      failure->recoverable = recoverable;
     } else if (failure->server != index && failure->also.size() < 8) {
       failure->also.push_back(text);
     }
@@ -356,7 +357,7 @@ void Coordinator::State::fault(int index, Code code, const std::string& text, bo
                     .code = code,
                     .text = text,
                     .symptom = symptom,
-                    .recoverable = may_be_symptom(code) || stage == Stage::kServing};
+                    .recoverable = recoverable};
   failure->settles = Clock::now() + (symptom ? Clock::duration(kSettle) : Clock::duration(0));
   if (stage != Stage::kJoining) {
     abort_reason = text;

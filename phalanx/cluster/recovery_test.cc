@@ -132,6 +132,22 @@ TEST_F(Recovery, ARankThatDiesInAPhaseIsTriedAgain) {
   for (auto& fake : fakes_) EXPECT_TRUE(fake->calls().ends_with(kPhases)) << fake->calls();
 }
 
+// The supervisor tells of a dead rank what the phase that broke on it told before.
+TEST_F(Recovery, ARankThatDiesInAPhaseMayBeToldOfTwice) {
+  make_nodes(2);
+  fakes_[1]->failing = "load";
+  fakes_[1]->failure = Error(Code::kUnavailable, "rank 1 was killed by signal 9");
+  make_master(recovering(0));
+  start_slave(1, recovering(1));
+  auto started = std::async(std::launch::async, [&] { return start_master(); });
+  EXPECT_TRUE(wait_for_log("failed in phase load: rank 1 was killed by signal 9"));
+  slaves_[1].participant->report_local_fault(1, Error(Code::kUnavailable, "rank 1 was killed"),
+                                             true);
+  EXPECT_TRUE(wait_for_log("generation 1 was lost before it served"));
+  fakes_[1]->failing = "";
+  EXPECT_EQ(started.get().text, "");
+}
+
 TEST_F(Recovery, WhatNoRetryCanCureEndsAtOnce) {
   make_nodes(2);
   fakes_[1]->failing = "load";  // no memory
