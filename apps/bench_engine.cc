@@ -33,6 +33,8 @@ struct BenchArguments {
   int64_t output = 32;
   int rounds = 1;
   std::string json_path;
+  std::string draft_model;
+  int64_t draft_tokens = 5;
 };
 
 constexpr int64_t kFullSteps = 8;  // that the whole batch decodes together, at least
@@ -110,6 +112,9 @@ NodeConfig node_config(const BenchArguments& a, const BenchLayout& layout, int n
   config.backend.multi_nodes = layout.nodes.size() > 1;
   config.backend.multi_nodes_port = control_port;
   config.connect_timeout_s = 120;
+  config.plugins.draft_model = a.draft_model;
+  config.plugins.draft_where = "--draft-model";
+  config.plugins.draft_tokens = a.draft_model.empty() ? 0 : a.draft_tokens;
   config.own_server = node;
   config.table = table_of(layout);
   return config;
@@ -168,6 +173,9 @@ json run_waves(const BenchArguments& a, const BenchLayout& layout, Instance& ins
                  {"wire_s", spent("rank", "transfer_ns")},
                  {"wait_s", spent("rank", "wait_ns")},
                  {"overhead_s", spent("engine", "overhead_ns")},
+                 {"draft_s", spent("engine", "draft_ns")},
+                 {"drafted", spent("engine", "draft_tokens") * 1e9},
+                 {"accepted", spent("engine", "accepted_draft_tokens") * 1e9},
                  {"steps", spent("engine", "steps") * 1e9},
                  {"bytes_per_s", machine.bytes_per_second()},
                  {"flops_per_s", machine.flops_per_second()}});
@@ -298,6 +306,10 @@ void print_layout(const BenchArguments& a, const BenchLayout& layout, const std:
         100 * number("compute_s") / number("whole_s"), 100 * number("wire_s") / number("whole_s"),
         100 * number("wait_s") / number("whole_s"), 100 * outside / number("whole_s"),
         outside * 1e6 / number("steps"), number("overhead_s") * 1e6 / number("steps"));
+    if (number("drafted") > 0)
+      fmt::print("             drafts: {:.0f} of {:.0f} tokens were right, {:.1f} % of the time in the "
+                 "draft model\n",
+                 number("accepted"), number("drafted"), 100 * number("draft_s") / number("whole_s"));
   }
   std::fflush(stdout);
 }
@@ -355,6 +367,8 @@ int bench_engine(int argc, char** argv) {
   app.add_option("--prompt", a.prompt, "prompt tokens")->check(CLI::Range(1, 1 << 20));
   app.add_option("--output", a.output, "output tokens, more where the batch would not decode together")->check(CLI::Range(2, 100000));
   app.add_option("--rounds", a.rounds, "starts of each layout, in turn; medians are printed")->check(CLI::Range(1, 100));
+  app.add_option("--draft-model", a.draft_model, "checkpoint directory of a draft model: with speculation");
+  app.add_option("--draft-tokens", a.draft_tokens, "its guesses per request and step (5)")->check(CLI::Range(int64_t{1}, engine::kMostDraftTokens));
   app.add_option("--json", a.json_path, "write every number of every round to this file");
   CLI11_PARSE(app, argc, argv);
   set_up_log({.level = LogLevel::kWarn});

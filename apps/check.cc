@@ -15,7 +15,9 @@
 #include <set>
 
 #include "apps/check_installation.h"
+#include "apps/config_plugins.h"
 #include "apps/config_security.h"
+#include "apps/draft_model.h"
 #include "apps/node.h"
 #include "apps/serve.h"
 #include "phalanx/api/plane_tls.h"
@@ -195,6 +197,20 @@ void check_limits(const NodeConfig& config, const HostResources& host, CheckRepo
           : std::string("none")));
 }
 
+// False, after naming why, if there is one on this node and it cannot be used.
+bool draft_model_is_good(const NodeConfig& config, Problems& problems) {
+  if (!runs_draft_model(config)) return true;
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(config.plugins.draft_model + "/config.json", error))
+    return false;  // said already
+  const size_t before = problems.list().size();
+  Problems of_the_model;  // said below
+  collect(of_the_model, config.model.weight_path, [&] {
+    check_draft_model(config, models::read_model_info(config.model.weight_path), problems);
+  });
+  return problems.list().size() == before && of_the_model.empty();
+}
+
 void check_model(const HostResources& host, bool with_text, CheckReport& report) {
   const NodeConfig& config = report.config;
   const std::string& folder = config.model.weight_path;
@@ -207,8 +223,10 @@ void check_model(const HostResources& host, bool with_text, CheckReport& report)
       models::check_checkpoint(folder);
     });
   } else {
+    NodeConfig planned = config;
+    if (!draft_model_is_good(config, report.problems)) planned.plugins.draft_model.clear();
     collect(report.problems, folder, [&] {
-      report.plan = plan_node(config, host);
+      report.plan = plan_node(planned, host);
       int64_t weights = 0;
       for (const models::MemoryNeed& need : report.plan->needs) weights += need.weight_bytes;
       report.facts.push_back(fmt::format(

@@ -378,6 +378,22 @@ void size_by_model(const WeightFacts& facts, NodeConfig& config) {
   config.schedule.max_output_tokens = kLongestOutputWithoutFile;
 }
 
+// The directory of the draft model, on the node that runs it, held to the same rules as the model's.
+void admit_draft_model(const Environment& environment, NodeConfig& config, Problems& problems,
+                       Problems& warnings) {
+  PluginConfig& plugins = config.plugins;
+  const bool from_file = plugins.draft_where.find("plugin_params") != std::string::npos;
+  if (from_file && !plugins.draft_model.empty() && plugins.draft_model.front() != '/')
+    plugins.draft_model = (fs::path(config.home) / plugins.draft_model).string();
+  if (!runs_draft_model(config)) return;
+  (void)check_weight_directory(
+      plugins.draft_model, plugins.draft_where,
+      {.strict = from_file,
+       .check_modes = variable(environment, "MINDIE_CHECK_INPUTFILES_PERMISSION") != "0",
+       .max_json_depth = config.server.max_json_depth},
+      problems, warnings);
+}
+
 std::string fingerprint(const std::vector<std::pair<std::string, std::string>>& settings) {
   std::string text;
   for (const auto& [name, value] : settings) text += fmt::format("{}={}\n", name, value);
@@ -428,6 +444,7 @@ NodeConfig examine_node_config(const ServeArguments& arguments, const Environmen
   config.model.aliases = arguments.aliases;
   if (!arguments.speculative_config.empty())
     read_speculative_config(arguments.speculative_config, problems, config.ignored, config.plugins);
+  read_draft_options(arguments.draft_model, arguments.draft_tokens, problems, config.plugins);
   if (from_file) {
     // modelName stays the first name; the command line adds others.
     if (arguments.served_model_name)
@@ -488,6 +505,7 @@ NodeConfig examine_node_config(const ServeArguments& arguments, const Environmen
                                       config.config_path)
                         : "--tp",
               problems);
+  admit_draft_model(environment, config, problems, warnings);
   config.model.moe_ep = parallel.moe_ep.value_or(1);
   config.model.kv = arguments.kv.value_or(config.model.kv);
 

@@ -71,7 +71,9 @@ struct ScheduleConfig {
 // What the engine does beside batching; only the master's counts.
 struct PluginConfig {
   bool prefix_cache = true, chunked_prefill = true;
-  int64_t draft_tokens = 0;                     // speculation by prompt look-up; 0: none
+  int64_t draft_tokens = 0;                     // speculation; 0: none
+  std::string draft_model;                      // that guesses: a checkpoint's directory; empty: prompt look-up
+  std::string draft_where;                      // who says so, for messages; empty: no speculation was asked for
   int64_t lookup_most = 4, lookup_least = 2;    // tokens of the run that is looked up
 };
 
@@ -120,6 +122,8 @@ struct ServeArguments {
   bool allow_credentials = false;
   std::string certs;                             // --certs DIR; empty: the install directory
   std::string speculative_config;                // --speculative-config JSON
+  std::string draft_model;                       // --draft-model DIR
+  int64_t draft_tokens = 0;                      // --draft-tokens K; 0: 5
   std::optional<models::KvDtype> kv;             // --kv-dtype; before config.json's
 };
 

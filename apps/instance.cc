@@ -151,8 +151,11 @@ struct Instance::State {
                                                     ? engine::EngineOptions{}.decode_stretch
                                                     : 0,
                               .draft_tokens = config.plugins.draft_tokens,
+                              .draft_model = plan.draft.has_value(),
                               .draft_most = config.plugins.lookup_most,
                               .draft_least = config.plugins.lookup_least,
+                              .draft_batch = plan.draft ? plan.draft->sequences
+                                                        : engine::EngineOptions{}.draft_batch,
                               .generation = node.generation(),
                               .recover = config.recover,
                               .idle_plan_seconds = kIdlePlanSeconds},
@@ -571,6 +574,8 @@ std::string Instance::status_json() const {
               {"received", e.received},
               {"succeeded", e.succeeded},
               {"failed", e.failed},
+              {"drafts", e.drafts},
+              {"draft_ns", e.draft_ns},
               {"draft_tokens", e.draft_tokens},
               {"accepted_draft_tokens", e.accepted_draft_tokens}};
   }

@@ -9,10 +9,14 @@
 #include <utility>
 
 #include "apps/build_identity.h"
+#include "apps/config_plugins.h"
+#include "apps/draft_model.h"
 #include "apps/file_digest.h"
 #include "phalanx/base/check.h"
 #include "phalanx/base/log.h"
 #include "phalanx/base/progress.h"
+#include "phalanx/engine/drafter.h"
+#include "phalanx/engine/engine_options.h"
 #include "phalanx/models/kv_format.h"
 #include "phalanx/net/address.h"
 #include "phalanx/ops/isa.h"
@@ -48,6 +52,35 @@ models::ModelOptions model_options(const NodeConfig& config, const NodePlan& pla
           .moe_ep = config.model.moe_ep,
           .rank = rank,
           .threads = plan.threads_per_rank};
+}
+
+// Whole on rank 0, with the step's tokens; its rows are the sequences that draft.
+models::ModelOptions draft_options(const NodeConfig& config, const NodePlan& plan, ops::Isa isa) {
+  models::ModelOptions options = model_options(config, plan, 0, isa);
+  options.directory = config.plugins.draft_model;
+  options.max_step_rows = plan.draft->sequences;
+  options.weights = {1.0};
+  options.moe_ep = 1;
+  return options;
+}
+
+void plan_draft(const NodeConfig& config, ops::Isa isa, NodePlan& plan) {
+  Problems problems;
+  check_draft_model(config, plan.info, problems);
+  problems.throw_if_any("the draft model cannot be used");
+  plan.draft = {.info = models::read_model_info(config.plugins.draft_model),
+                .need = {},
+                .sequences = std::min(engine::EngineOptions{}.draft_batch, config.schedule.max_batch)};
+  models::MemoryNeed& need = plan.draft->need;
+  need = models::memory_need(plan.draft->info, draft_options(config, plan, isa));
+  need.workspace_bytes += engine::Drafter::logits_bytes(plan.draft->sequences, plan.info.vocab_size);
+  const auto place = std::find(plan.local_ranks.begin(), plan.local_ranks.end(), 0);
+  PHALANX_CHECK(place != plan.local_ranks.end());
+  models::MemoryNeed& all = plan.needs[static_cast<size_t>(place - plan.local_ranks.begin())];
+  all.weight_bytes += need.weight_bytes;
+  all.workspace_bytes += need.workspace_bytes;
+  all.kv_bytes_per_block += need.kv_bytes_per_block;
+  all.read_bytes += need.read_bytes;
 }
 
 // The KV cache gets what is left of fraction x memory after weights and workspaces
@@ -122,6 +155,7 @@ NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
   const ops::Isa isa = ops::choose_isa();
   for (const int rank : plan.local_ranks)
     plan.needs.push_back(models::memory_need(plan.info, model_options(config, plan, rank, isa)));
+  if (runs_draft_model(config)) plan_draft(config, isa, plan);
   divide_memory(config, host, sharing, plan);
   return plan;
 }
@@ -150,12 +184,25 @@ std::vector<std::string> format_report(const NodeConfig& config, const NodePlan&
     lines.push_back(fmt::format("number formats ({}): {}; other layers {}",
                                 plan.info.formats->source, plan.info.formats->summary(),
                                 tensor::dtype_name(plan.info.dtype)));
+  const int64_t tokens = config.schedule.cache_block_size;
   int64_t block = 0;
-  for (const models::MemoryNeed& need : plan.needs)
-    block = std::max(block, need.kv_bytes_per_block);
+  for (size_t i = 0; i < plan.needs.size(); ++i) {
+    const bool drafts = plan.draft && plan.local_ranks[i] == 0;
+    block = std::max(block, plan.needs[i].kv_bytes_per_block -
+                                (drafts ? plan.draft->need.kv_bytes_per_block : 0));
+  }
   lines.push_back(fmt::format("KV cache: {}, {} bytes per token and rank",
                               models::kv_format_text(plan.info, config.model.kv),
-                              block / config.schedule.cache_block_size));
+                              block / tokens));
+  if (plan.draft) {
+    const DraftPlan& draft = *plan.draft;
+    lines.push_back(fmt::format(
+        "draft model {}: {}, {} layers, whole on rank 0: weights {}, workspace {}, KV cache {} bytes "
+        "per token; up to {} guesses per sequence and step, for up to {} sequences",
+        config.plugins.draft_model, draft.info.model_type, draft.info.num_layers,
+        format_bytes(draft.need.weight_bytes), format_bytes(draft.need.workspace_bytes),
+        draft.need.kv_bytes_per_block / tokens, config.plugins.draft_tokens, draft.sequences));
+  }
   return lines;
 }
 
@@ -268,6 +315,10 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
                                             : log_enabled(LogLevel::kWarn) ? LogLevel::kWarn
                                                                            : LogLevel::kError);
     if (rank == 0) {
+      if (plan_.draft) {
+        start.spec.draft = draft_options(config_, plan_, isa);
+        start.draft_arena = arena_for(kDraftArena, isa);
+      }
       start.spec.logits_folder = config_.logits_folder;
       channel_limits_ = start.spec.limits(start.spec.max_blocks);
       step_channel_ = engine::create_step_channel(channel_limits_);

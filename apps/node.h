@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,13 @@
 
 namespace phalanx::apps {
 
+// The draft model of speculation, whole on rank 0.
+struct DraftPlan {
+  models::ModelInfo info;
+  models::MemoryNeed need;  // with the rows of logits; in `needs` too
+  int64_t sequences = 0;    // that draft in one step, at most
+};
+
 // Everything a start decides before any socket opens, the same on every node but for `local`.
 struct NodePlan {
   models::ModelInfo info;
@@ -28,6 +36,7 @@ struct NodePlan {
   std::vector<int> local_ranks;
   int64_t kv_blocks_wanted = 0;                // more than this could never be used
   std::vector<models::MemoryNeed> needs;       // by local rank
+  std::optional<DraftPlan> draft;              // on the node of rank 0
   int64_t kv_bytes_per_rank = 0;               // what remains for each local rank's KV cache
   int threads_per_rank = 1;
   CorePlan cores;                              // of all local ranks
@@ -40,7 +49,7 @@ struct NodePlan {
 // A table for people: which rank has which heads, rows and vocabulary.
 [[nodiscard]] std::string layout_table(const NodeConfig& config, const NodePlan& plan);
 
-// How weights and KV cache are stored, one line each.
+// How weights and KV cache are stored, and what the draft model takes, one line each.
 [[nodiscard]] std::vector<std::string> format_report(const NodeConfig& config, const NodePlan& plan);
 
 // This node's part of an instance: its rank processes, as the control plane drives them. Each
@@ -80,6 +89,7 @@ class Node final : public cluster::NodeActions {
   // Memory for a rank's weights: what its predecessor left, if that is whole and of the same cut.
   [[nodiscard]] int arena_for(int rank, ops::Isa isa);
 
+  static constexpr int kDraftArena = -1;
   struct Arena {
     UniqueFd memory;
     ops::Isa isa = ops::Isa::kRef;
@@ -90,7 +100,7 @@ class Node final : public cluster::NodeActions {
   Hooks hooks_;
   cluster::Generation generation_;
   std::atomic<uint64_t> number_{0};  // of generation_, for other threads
-  std::map<int, Arena> arenas_;      // by rank
+  std::map<int, Arena> arenas_;      // by rank; kDraftArena: of the draft model
   engine::StepLimits channel_limits_;
   UniqueFd node_memory_;
   UniqueFd step_channel_;

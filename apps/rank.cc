@@ -146,11 +146,16 @@ std::unique_ptr<comm::Group> connect(const json& order, const RankSpec& spec,
                           is_open(kNodeMemoryFd) ? kNodeMemoryFd : -1);
 }
 
+models::MemoryNeed need_of(const models::ModelOptions& options) {
+  return models::memory_need(models::read_model_info(options.directory), options);
+}
+
 void follow(MessageSocket& socket) {
   Orders orders(socket);
   engine::RankPage* page = engine::map_rank_page(kPageFd);
   RankSpec spec = rank_spec_from_json(orders.next().at("spec"));
   if (is_open(kArenaFd)) spec.model.weight_memory = kArenaFd;
+  if (spec.draft && is_open(kDraftArenaFd)) spec.draft->weight_memory = kDraftArenaFd;
   const int rank = spec.model.rank;
   set_up_log({.level = static_cast<LogLevel>(spec.log_level), .tag = fmt::format("rank {}", rank)});
   page->generation.store(spec.generation, std::memory_order_relaxed);
@@ -161,9 +166,15 @@ void follow(MessageSocket& socket) {
   std::unique_ptr<comm::TracedGroup> group;
   std::unique_ptr<engine::StepChannelRank> channel;
   std::unique_ptr<models::Model> model;
+  const std::unique_ptr<comm::Group> alone = comm::single_group();  // of the draft model
+  std::unique_ptr<models::Model> draft;
   const GroupLease lease(orders);
-  const models::MemoryNeed need =
-      models::memory_need(models::read_model_info(spec.model.directory), spec.model);
+  models::MemoryNeed need = need_of(spec.model);
+  if (spec.draft) {
+    const models::MemoryNeed more = need_of(*spec.draft);
+    need.weight_bytes += more.weight_bytes;
+    need.kv_bytes_per_block += more.kv_bytes_per_block;
+  }
   for (;;) {
     const json order = orders.next();
     const std::string op = order.at("op").get<std::string>();
@@ -175,12 +186,21 @@ void follow(MessageSocket& socket) {
       orders.set_group(group.get(), channel.get());
       socket.send({{"event", "connected"}});
     } else if (op == "load") {
-      model = models::load_model(spec.model, *group, pool, [page](int64_t done, int64_t total) {
-        page->bytes_read.store(static_cast<uint64_t>(done), std::memory_order_relaxed);
-        page->bytes_to_read.store(static_cast<uint64_t>(total), std::memory_order_relaxed);
-        page->heartbeat.fetch_add(1, std::memory_order_relaxed);
-      });
-      const models::LoadStats& stats = model->load_stats();
+      models::LoadStats stats;
+      const auto load = [&](const models::ModelOptions& options, comm::Group& ranks) {
+        const int64_t before = stats.bytes_read;
+        auto loaded = models::load_model(options, ranks, pool, [&](int64_t done, int64_t total) {
+          page->bytes_read.store(static_cast<uint64_t>(before + done), std::memory_order_relaxed);
+          page->bytes_to_read.store(static_cast<uint64_t>(before + total), std::memory_order_relaxed);
+          page->heartbeat.fetch_add(1, std::memory_order_relaxed);
+        });
+        stats.bytes_read += loaded->load_stats().bytes_read;
+        stats.tensors += loaded->load_stats().tensors;
+        stats.seconds += loaded->load_stats().seconds;
+        return loaded;
+      };
+      model = load(spec.model, *group);
+      if (spec.draft) draft = load(*spec.draft, *alone);
       page->weight_bytes.store(static_cast<uint64_t>(need.weight_bytes), std::memory_order_relaxed);
       page->bytes_read.store(static_cast<uint64_t>(stats.bytes_read), std::memory_order_relaxed);
       socket.send({{"event", "loaded"},
@@ -190,13 +210,18 @@ void follow(MessageSocket& socket) {
     } else if (op == "allocate") {
       const int64_t blocks = order.at("blocks").get<int64_t>();
       model->allocate_kv(blocks);
+      std::optional<engine::Drafter> drafter;
+      if (draft) {
+        draft->allocate_kv(blocks);
+        drafter.emplace(*draft, spec.limits(blocks));
+      }
       page->kv_bytes.store(static_cast<uint64_t>(blocks * need.kv_bytes_per_block),
                            std::memory_order_relaxed);
       socket.send({{"event", "allocated"}});
       engine::run_worker({.generation = spec.generation,
                           .limits = spec.limits(blocks),
                           .logits_folder = spec.logits_folder},
-                         *model, *group, channel.get(), page);
+                         *model, *group, channel.get(), page, drafter ? &*drafter : nullptr);
       return;
     } else {
       throw Error(Code::kInternal, fmt::format("unknown order '{}' from the node process", op));

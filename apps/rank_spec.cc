@@ -15,20 +15,44 @@ engine::StepLimits RankSpec::limits(int64_t blocks) const {
           .blocks = blocks,
           .block_size = model.block_size,
           .vocab_size = vocab_size,
-          .ranks = std::ssize(model.weights)};
+          .ranks = std::ssize(model.weights),
+          .draft_sequences = draft ? draft->max_step_rows : 0};
 }
 
+namespace {
+
+json to_json(const models::ModelOptions& m) {
+  return {{"directory", m.directory},
+          {"isa", static_cast<int>(m.isa)},
+          {"max_step_tokens", m.max_step_tokens},
+          {"max_step_rows", m.max_step_rows},
+          {"max_sequence", m.max_sequence},
+          {"block_size", m.block_size},
+          {"kv", static_cast<int>(m.kv)},
+          {"weights", m.weights},
+          {"moe_ep", m.moe_ep},
+          {"rank", m.rank}};
+}
+
+models::ModelOptions model_options_from_json(const json& j, int threads) {
+  return {.directory = j.at("directory").get<std::string>(),
+          .isa = static_cast<ops::Isa>(j.at("isa").get<int>()),
+          .max_step_tokens = j.at("max_step_tokens").get<int64_t>(),
+          .max_step_rows = j.at("max_step_rows").get<int64_t>(),
+          .max_sequence = j.at("max_sequence").get<int64_t>(),
+          .block_size = j.at("block_size").get<int64_t>(),
+          .kv = static_cast<models::KvDtype>(j.at("kv").get<int>()),
+          .weights = j.at("weights").get<std::vector<double>>(),
+          .moe_ep = j.at("moe_ep").get<int64_t>(),
+          .rank = j.at("rank").get<int>(),
+          .threads = threads};
+}
+
+}  // namespace
+
 json to_json(const RankSpec& s) {
-  return {{"directory", s.model.directory},
-          {"isa", static_cast<int>(s.model.isa)},
-          {"max_step_tokens", s.model.max_step_tokens},
-          {"max_step_rows", s.model.max_step_rows},
-          {"max_sequence", s.model.max_sequence},
-          {"block_size", s.model.block_size},
-          {"kv", static_cast<int>(s.model.kv)},
-          {"weights", s.model.weights},
-          {"moe_ep", s.model.moe_ep},
-          {"rank", s.model.rank},
+  return {{"model", to_json(s.model)},
+          {"draft", s.draft ? to_json(*s.draft) : json()},
           {"vocab_size", s.vocab_size},
           {"max_blocks", s.max_blocks},
           {"generation", s.generation},
@@ -40,21 +64,12 @@ json to_json(const RankSpec& s) {
 
 RankSpec rank_spec_from_json(const json& j) {
   RankSpec s;
-  s.model.directory = j.at("directory").get<std::string>();
-  s.model.isa = static_cast<ops::Isa>(j.at("isa").get<int>());
-  s.model.max_step_tokens = j.at("max_step_tokens").get<int64_t>();
-  s.model.max_step_rows = j.at("max_step_rows").get<int64_t>();
-  s.model.max_sequence = j.at("max_sequence").get<int64_t>();
-  s.model.block_size = j.at("block_size").get<int64_t>();
-  s.model.kv = static_cast<models::KvDtype>(j.at("kv").get<int>());
-  s.model.weights = j.at("weights").get<std::vector<double>>();
-  s.model.moe_ep = j.at("moe_ep").get<int64_t>();
-  s.model.rank = j.at("rank").get<int>();
+  s.threads = j.at("threads").get<int>();
+  s.model = model_options_from_json(j.at("model"), s.threads);
+  if (!j.at("draft").is_null()) s.draft = model_options_from_json(j.at("draft"), s.threads);
   s.vocab_size = j.at("vocab_size").get<int64_t>();
   s.max_blocks = j.at("max_blocks").get<int64_t>();
   s.generation = j.at("generation").get<uint64_t>();
-  s.threads = j.at("threads").get<int>();
-  s.model.threads = s.threads;
   s.cpus = j.at("cpus").get<std::vector<int>>();
   s.logits_folder = j.at("logits_folder").get<std::string>();
   s.log_level = j.at("log_level").get<int>();

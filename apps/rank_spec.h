@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,8 @@ namespace phalanx::apps {
 // message.
 struct RankSpec {
   models::ModelOptions model;
+  std::optional<models::ModelOptions> draft;  // the draft model, whole on this rank (rank 0); its rows
+                                              // are the sequences that may draft in one step
   int64_t vocab_size = 0;
   int64_t max_blocks = 0;          // the KV cache will have no more; sizes the step channel
   uint64_t generation = 0;
@@ -44,6 +47,7 @@ inline constexpr int kListenerFd = 5;     // ranks of several nodes
 inline constexpr int kNodeMemoryFd = 6;   // several ranks on the node
 inline constexpr int kStepChannelFd = 7;  // rank 0
 inline constexpr int kArenaFd = 8;        // memory for the packed weights, kept by the node process
-inline constexpr int kLastRankFd = 8;
+inline constexpr int kDraftArenaFd = 9;   // the same for the draft model, rank 0
+inline constexpr int kLastRankFd = 9;
 
 }  // namespace phalanx::apps

@@ -175,6 +175,7 @@ struct RankSupervisor::State {
         if (start.node_memory >= 0) fds.emplace_back(start.node_memory, kNodeMemoryFd);
         if (start.step_channel >= 0) fds.emplace_back(start.step_channel, kStepChannelFd);
         if (start.arena >= 0) fds.emplace_back(start.arena, kArenaFd);
+        if (start.draft_arena >= 0) fds.emplace_back(start.draft_arena, kDraftArenaFd);
         process->pid = spawn_rank(fds, process->rank);
         process->pidfd.reset(static_cast<int>(::syscall(SYS_pidfd_open, process->pid, 0)));
         process->socket = std::make_unique<MessageSocket>(std::move(mine));

@@ -22,6 +22,7 @@ struct RankStart {
   int node_memory = -1;
   int step_channel = -1;
   int arena = -1;
+  int draft_arena = -1;
 };
 
 // The rank processes of one node: starts them by exec, speaks with them, notices the end of any by

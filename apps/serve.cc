@@ -23,6 +23,7 @@
 #include "phalanx/api/service.h"
 #include "phalanx/base/log.h"
 #include "phalanx/cluster/credentials.h"
+#include "phalanx/engine/engine_options.h"
 #include "phalanx/text/chat_template.h"
 #include "phalanx/text/tokenizer.h"
 
@@ -237,7 +238,9 @@ void add_serve_options(CLI::App& app, ServeArguments& arguments) {
          },
          "names in the API; with --model the first is the model's own name, else all are aliases")
       ->expected(1, 16);
-  app.add_option("--speculative-config", a.speculative_config, R"(guesses from the text so far: {"method": "ngram", "num_speculative_tokens": 5})");
+  app.add_option("--speculative-config", a.speculative_config, R"(speculation, from the text so far: {"method": "ngram", "num_speculative_tokens": 5}, or by a draft model: {"method": "draft_model", "model": DIR})");
+  app.add_option("--draft-model", a.draft_model, "checkpoint directory of a small model with the same tokenizer that guesses tokens (speculation)");
+  app.add_option("--draft-tokens", a.draft_tokens, "its guesses per request and step (5)")->check(CLI::Range(int64_t{1}, engine::kMostDraftTokens));
   add_kv_option(app, a.kv);
   app.add_option("--certs", a.certs, "folder that 'phalanx certs init' filled (else the install directory)");
   app.add_option("--api-key", a.api_keys, "clients must send one of these keys (Authorization: Bearer); better --api-key-file")

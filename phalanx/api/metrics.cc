@@ -183,10 +183,18 @@ std::string Metrics::render(const MetricsView& view) const {
       stats.prompt_tokens);
   add("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", "counter",
       stats.cached_tokens);
+  add("vllm:spec_decode_num_drafts_total", "Number of drafts.", "counter", stats.drafts);
   add("vllm:spec_decode_num_draft_tokens_total", "Number of draft tokens.", "counter",
       stats.draft_tokens);
   add("vllm:spec_decode_num_accepted_tokens_total", "Number of draft tokens that were right.",
       "counter", stats.accepted_draft_tokens);
+  if (stats.draft_places > 0)
+    out += head("vllm:spec_decode_num_accepted_tokens_per_pos_total",
+                "Number of draft tokens that were right, by their place in the draft.", "counter");
+  for (int64_t place = 0; place < stats.draft_places; ++place)
+    out += fmt::format(
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total{{{},position=\"{}\"}} {}\n", label, place,
+        stats.accepted_by_place[static_cast<size_t>(place)]);
   histograms("vllm:");
   out += next_token_.render("vllm:inter_token_latency_seconds",
                             "Time between two tokens of a request in seconds.", label);
@@ -198,6 +206,8 @@ std::string Metrics::render(const MetricsView& view) const {
                      label, seconds(stats.step_ns), stats.steps);
   add("phalanx_step_overhead_seconds_total", "Planning and sampling in the head in seconds.",
       "counter", seconds(stats.overhead_ns));
+  add("phalanx_draft_seconds_total", "Time in the draft model of speculation in seconds.", "counter",
+      seconds(stats.draft_ns));
   const auto per_rank = [&](const char* metric, const char* help, auto member) {
     if (view.ranks.empty()) return;
     out += head(metric, help, "counter");

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -19,12 +20,15 @@ namespace phalanx::engine {
 class StepExecutor {
  public:
   virtual ~StepExecutor() = default;
-  // Starts the step; returns at once. Throws Error.
-  virtual void send(std::span<const std::byte> plan) = 0;
+  // Starts the step; returns at once. With a draft order (draft_order.h; else empty) the guesses that
+  // it wants stand in the plan as zeros and are filled in first. Throws Error.
+  virtual void send(std::span<const std::byte> plan, std::span<const std::byte> draft_order) = 0;
   // Logits f32 [rows, vocab], valid until the next send. Throws Error.
   virtual std::span<const float> wait(Deadline deadline, StepTiming* timing) = 0;
   // When the step that was waited for had kTraceStep: one per rank, valid until the next send.
   [[nodiscard]] virtual std::span<const RankTrace> traces() const = 0;
+  // Of the step that was waited for, at least what its draft order wanted; valid until the next send.
+  [[nodiscard]] virtual std::span<const int32_t> guesses() const = 0;
   // From any thread, more than once; wait() and send() throw Error soon.
   virtual void abort(const std::string& reason) noexcept = 0;
 };
@@ -35,7 +39,12 @@ struct EngineStats {
   uint64_t received = 0, succeeded = 0, failed = 0, cancelled = 0;
   uint64_t prompt_tokens = 0, output_tokens = 0, steps = 0, preemptions = 0;
   uint64_t cached_tokens = 0;  // of the prompts, found computed in the prefix cache
-  uint64_t draft_tokens = 0, accepted_draft_tokens = 0;         // of speculation
+  // Of speculation: drafts made, tokens in them, how many of these were right, and how many of the
+  // drafts' first, second ... tokens.
+  uint64_t drafts = 0, draft_tokens = 0, accepted_draft_tokens = 0;
+  std::array<uint64_t, kMostDraftTokens> accepted_by_place{};
+  int64_t draft_places = 0;  // tokens that a draft may have; 0: no speculation
+  uint64_t draft_ns = 0;                                        // in the draft model; of compute_ns
   uint64_t step_ns = 0, compute_ns = 0, communication_ns = 0;  // sums over steps, as rank 0 saw them
   uint64_t overhead_ns = 0;                                     // planning and sampling in the head
 };
@@ -102,11 +111,14 @@ class Engine {
 class ChannelExecutor final : public StepExecutor {
  public:
   explicit ChannelExecutor(StepChannelHead& channel) : channel_(channel) {}
-  void send(std::span<const std::byte> plan) override { channel_.send(plan); }
+  void send(std::span<const std::byte> plan, std::span<const std::byte> draft_order) override {
+    channel_.send(plan, draft_order);
+  }
   std::span<const float> wait(Deadline deadline, StepTiming* timing) override {
     return channel_.wait_logits(deadline, timing);
   }
   [[nodiscard]] std::span<const RankTrace> traces() const override { return channel_.traces(); }
+  [[nodiscard]] std::span<const int32_t> guesses() const override { return channel_.guesses(); }
   void abort(const std::string& reason) noexcept override { channel_.abort(reason); }
 
  private:

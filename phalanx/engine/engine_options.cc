@@ -28,7 +28,12 @@ void check_options(const EngineOptions& o) {
   at_least("max_output_tokens", o.max_output_tokens, 1);
   at_least("max_step_tokens", o.max_step_tokens, std::max<int64_t>(1, o.max_batch));
   if (o.max_step_rows != 0) at_least("max_step_rows", o.max_step_rows, o.max_batch);
-  at_least("draft_tokens", o.draft_tokens, 0);
+  at_least("draft_tokens", o.draft_tokens, o.draft_model ? 1 : 0);
+  if (o.draft_tokens > kMostDraftTokens)
+    problems.add({.what = "draft_tokens is out of range",
+                  .where = "engine options",
+                  .found = fmt::format("{}", o.draft_tokens),
+                  .expected = fmt::format("at most {}", kMostDraftTokens)});
   at_least("draft_least", o.draft_least, 1);
   at_least("draft_most", o.draft_most, o.draft_least);
   at_least("max_queue", o.max_queue, 1);

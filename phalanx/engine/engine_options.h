@@ -4,6 +4,8 @@
 
 namespace phalanx::engine {
 
+inline constexpr int64_t kMostDraftTokens = 16;
+
 struct EngineOptions {
   int64_t vocab_size = 0;
   int64_t block_size = 128;
@@ -24,8 +26,10 @@ struct EngineOptions {
                                        // sequences (PrefillPace); 0: as long as it takes
   double ageing_seconds = 15;          // a request that has waited so long counts as one priority higher,
                                        // after twice as long as two; 0: never
-  int64_t draft_tokens = 0;            // speculation by prompt look-up: at most that many per sequence and
-                                       // step, 0: none
+  int64_t draft_tokens = 0;            // speculation: at most that many guesses per sequence and step (at
+                                       // most kMostDraftTokens), 0: none
+  bool draft_model = false;            // guesses are the executor's draft model's (its step limits'
+                                       // draft_sequences: draft_batch), not looked up
   int64_t draft_most = 4;              // tokens of the run that is looked up, at most and at least
   int64_t draft_least = 2;
   int64_t draft_batch = 16;            // no drafts while more sequences than this decode

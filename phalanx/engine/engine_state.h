@@ -58,6 +58,7 @@ struct Engine::State {
   Scheduler scheduler;
   Sampler sampler;
   StepPlanWriter writer;
+  DraftOrderWriter order;
   uint64_t next_step = 1;
   std::vector<std::unique_ptr<Sequence>> arrived;  // taken from the inbox
   std::vector<std::unique_ptr<Sequence>> retired;  // out of the scheduler, not yet destroyed

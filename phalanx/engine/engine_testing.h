@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "phalanx/engine/drafter.h"
 #include "phalanx/engine/engine.h"
 #include "phalanx/engine/history_model.h"
 #include "phalanx/engine/prefill_pace.h"
@@ -43,7 +44,8 @@ inline StepLimits limits_of(const EngineOptions& o) {
           .max_sequence = o.max_sequence,
           .blocks = o.blocks,
           .block_size = o.block_size,
-          .vocab_size = o.vocab_size};
+          .vocab_size = o.vocab_size,
+          .draft_sequences = o.draft_model ? o.draft_batch : 0};
 }
 
 // What one plan held.
@@ -56,13 +58,23 @@ struct Seen {
 class FakeExecutor final : public StepExecutor {
  public:
   explicit FakeExecutor(const EngineOptions& options)
-      : limits_(limits_of(options)), model(options.blocks, options.block_size) {
+      : limits_(limits_of(options)),
+        model(options.blocks, options.block_size),
+        draft_model(options.blocks, options.block_size) {
     logits_.resize(static_cast<size_t>(limits_.max_rows * limits_.vocab_size));
+    guesses_.resize(static_cast<size_t>(limits_.max_rows));
+    if (options.draft_model) drafter_.emplace(draft_model, limits_);
   }
 
-  void send(std::span<const std::byte> plan) override {
+  void send(std::span<const std::byte> plan, std::span<const std::byte> draft_order) override {
     buffer_.assign(plan.begin(), plan.end());
     view_.decode(buffer_, limits_);
+    if (!draft_order.empty()) {
+      EXPECT_LE(std::ssize(draft_order), max_draft_order_bytes(limits_));
+      EXPECT_TRUE(drafter_.has_value());
+      drafter_->run(draft_order, view_, buffer_, guesses_);
+      view_.decode(buffer_, limits_);
+    }
     EXPECT_EQ(view_.header().step, ++steps_);
     Seen seen{.kind = view_.header().kind, .tokens = view_.header().num_tokens};
     for (const PlannedSequence& s : view_.sequences()) {
@@ -101,6 +113,7 @@ class FakeExecutor final : public StepExecutor {
 
   // As one rank would tell of a step with a single gather.
   [[nodiscard]] std::span<const RankTrace> traces() const override { return traces_; }
+  [[nodiscard]] std::span<const int32_t> guesses() const override { return guesses_; }
 
   void abort(const std::string& reason) noexcept override {
     const std::lock_guard lock(mutex_);
@@ -139,6 +152,8 @@ class FakeExecutor final : public StepExecutor {
   std::vector<std::byte> buffer_;
   StepPlanView view_;
   std::vector<float> logits_;
+  std::vector<int32_t> guesses_;
+  std::optional<Drafter> drafter_;
   std::vector<RankTrace> traces_{{.count = 1, .length = 10, .collectives = {{{2, 3, 1, 64}}}}};
   uint64_t steps_ = 0;
   std::mutex mutex_;
@@ -151,6 +166,7 @@ class FakeExecutor final : public StepExecutor {
  public:
   std::function<int64_t(const Seen&)> step_ns;  // how long a step says it took
   HistoryModel model;                           // engine thread
+  HistoryModel draft_model;                     // the same; for options with one
 };
 
 class Recorder final : public EventSink {

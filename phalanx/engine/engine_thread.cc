@@ -25,7 +25,8 @@ Engine::State::State(const EngineOptions& options, StepExecutor& executor)
                  .decode_stretch = options.decode_stretch,
                  .ageing_ns = static_cast<int64_t>(options.ageing_seconds * 1e9),
                  .draft_batch = options.draft_tokens > 0 ? options.draft_batch : 0,
-                 .lookup = {.most = options.draft_most, .least = options.draft_least}}),
+                 .lookup = {.most = options.draft_most, .least = options.draft_least},
+                 .draft_model_tokens = options.draft_model ? options.max_step_tokens : 0}),
       sampler(options.vocab_size) {
   stats.blocks_total = stats.blocks_free = options.blocks;
 }
@@ -137,9 +138,10 @@ void Engine::State::compute_step() {
     traced = std::ssize(traces) < trace_wanted;
   }
   writer.begin(StepKind::kCompute, generation, next_step, traced ? kTraceStep : 0);
-  PHALANX_CHECK(scheduler.plan(writer));
+  order.begin(generation, next_step);
+  PHALANX_CHECK(scheduler.plan(writer, order));
   const std::span<const std::byte> plan = writer.finish();
-  executor.load()->send(plan);
+  executor.load()->send(plan, order.finish());
   ++next_step;
   const int64_t sent = now_ns();
   {
@@ -153,6 +155,7 @@ void Engine::State::compute_step() {
   const int64_t answered = now_ns();
   last_plan = Clock::now();
   scheduler.advance(timing.total_ns);
+  scheduler.take_guesses(executor.load()->guesses());
   const auto vocab = static_cast<size_t>(options.vocab_size);
   size_t wanted = 0;
   for (const PlannedRows& rows : scheduler.rows()) wanted += static_cast<size_t>(rows.count);
@@ -174,6 +177,7 @@ void Engine::State::compute_step() {
   counted.step_ns += static_cast<uint64_t>(timing.total_ns);
   counted.compute_ns += static_cast<uint64_t>(timing.compute_ns);
   counted.communication_ns += static_cast<uint64_t>(timing.communication_ns);
+  counted.draft_ns += static_cast<uint64_t>(timing.draft_ns);
   const int64_t end = now_ns();
   counted.overhead_ns += static_cast<uint64_t>(end - answered + sent - begin);
   if (!traced) return;
@@ -205,7 +209,7 @@ void Engine::State::add_trace(StepTrace trace) {
 
 void Engine::State::idle_step() {
   writer.begin(StepKind::kIdle, generation, next_step);
-  executor.load()->send(writer.finish());
+  executor.load()->send(writer.finish(), {});
   ++next_step;
   (void)executor.load()->wait(Deadline::in_seconds(options.step_seconds), nullptr);
   last_plan = Clock::now();
@@ -223,7 +227,7 @@ void Engine::State::take_rows(const PlannedRows& rows, std::span<const float> lo
     // The next row counts if its guess is what was sampled.
     if (i + 1 < rows.count) {
       if (s.finished || s.tokens.back() != s.draft[static_cast<size_t>(i)]) break;
-      scheduler.accept_draft(s);
+      scheduler.accept_draft(s, i);
     }
   }
   if (s.draft.empty()) return;
@@ -370,8 +374,12 @@ void Engine::State::publish_stats() {
   counted.blocks_free = scheduler.pool().free();
   counted.preemptions = scheduler.preemptions();
   counted.cached_tokens = scheduler.cached_tokens();
-  counted.draft_tokens = scheduler.drafts();
-  counted.accepted_draft_tokens = scheduler.accepted_drafts();
+  const DraftCounts& drafts = scheduler.drafts();
+  counted.drafts = drafts.drafts;
+  counted.draft_tokens = drafts.tokens;
+  counted.accepted_draft_tokens = drafts.accepted;
+  counted.accepted_by_place = drafts.accepted_by_place;
+  counted.draft_places = options.draft_tokens;
   stats = counted;
 }
 

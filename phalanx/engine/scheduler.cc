@@ -52,6 +52,7 @@ void Scheduler::preempt_youngest() {
   pool_.release(victim->blocks);
   victim->computed = 0;
   victim->published = 0;
+  victim->followed = 0;
   victim->draft.clear();
   ++preemptions_;
   waiting_.push_front(std::move(victim));
@@ -92,6 +93,7 @@ bool Scheduler::take_blocks(Sequence& s) {
   }
   s.computed = static_cast<int32_t>(known * options_.block_size);
   s.published = static_cast<int32_t>(known);
+  s.followed = s.computed;
   s.place = known > 0 ? pool_.place(s.blocks[static_cast<size_t>(known - 1)])
                       : PrefixIndex::root(s.salt);
   if (!s.begun) {
@@ -155,9 +157,10 @@ void Scheduler::admit(int64_t prefills, int64_t budget) {
   }
 }
 
-bool Scheduler::plan(StepPlanWriter& writer) {
+bool Scheduler::plan(StepPlanWriter& writer, DraftOrderWriter& order) {
   const bool crowded = make_room();
   decodes_ = prompt_tokens_ = draft_tokens_ = 0;
+  follow_left_ = options_.draft_model_tokens;
   first_begun_ns_ = INT64_MAX;
   for (const auto& s : running_) {
     s->draft.clear();
@@ -184,13 +187,15 @@ bool Scheduler::plan(StepPlanWriter& writer) {
   draft();
 
   rows_.clear();
-  bool any = false;
+  int32_t planned = 0;
   for (const auto& s : running_) {
+    s->following = s->guessed_until = 0;
     if (s->planned == 0) continue;
-    any = true;
     write(writer, *s);
+    if (has_draft_model()) follow(*s, planned, order);
+    ++planned;
   }
-  return any;
+  return planned > 0;
 }
 
 // Guesses for the sequences that decode, where the step has room for them.
@@ -201,18 +206,63 @@ void Scheduler::draft() {
     if (s->planned != 1 || s->computed != s->length() - 1 || s->outputs() == 0) continue;
     const int64_t most = std::min<int64_t>({s->draft_limit, s->max_outputs - s->outputs() - 1, room});
     if (most <= 0) continue;
-    draft_by_lookup(s->tokens, options_.lookup, most, s->draft);
+    const int64_t behind = s->length() - s->followed;
+    if (!has_draft_model()) {
+      draft_by_lookup(s->tokens, options_.lookup, most, s->draft);
+    } else if (behind <= follow_left_) {
+      s->draft.assign(static_cast<size_t>(most), 0);  // take_guesses()
+    }
     const int64_t missing =
         blocks_for(s->length() + std::ssize(s->draft)) - std::ssize(s->blocks);
     if (missing > 0 && (missing * 4 > pool_.free() || !pool_.allocate(missing, s->blocks)))
       s->draft.resize(static_cast<size_t>(
           std::ssize(s->blocks) * options_.block_size - s->length()));
     const int64_t count = std::ssize(s->draft);
+    if (count == 0) continue;
     s->planned += static_cast<int32_t>(count);
     room -= count;
     draft_tokens_ += count;
+    if (has_draft_model()) follow_left_ -= behind;
+    ++drafts_.drafts;
   }
-  drafts_ += static_cast<uint64_t>(draft_tokens_);
+  drafts_.tokens += static_cast<uint64_t>(draft_tokens_);
+}
+
+// What the draft model computes of a sequence that is `index` in the plan.
+void Scheduler::follow(Sequence& s, int32_t index, DraftOrderWriter& order) {
+  const auto guesses = static_cast<int32_t>(s.draft.size());
+  const int32_t known = s.computed + s.planned - guesses;
+  int64_t count = known - s.followed;
+  if (guesses == 0) {
+    const bool decodes = s.outputs() > 0 && known == s.length() && s.planned == 1;
+    if (decodes && count < options_.block_size) return;
+    count = std::min(count, follow_left_);
+    if (count <= 0) return;
+    follow_left_ -= count;
+  }
+  s.following = static_cast<int32_t>(count);
+  s.guessed_until = s.followed + s.following + std::max(0, guesses - 1);
+  const auto tokens = std::span<const int32_t>(s.tokens)
+                          .subspan(static_cast<size_t>(s.followed), static_cast<size_t>(count));
+  order.add(tokens, s.followed + s.following, s.blocks, static_cast<int32_t>(options_.block_size),
+            index, guesses);
+}
+
+void Scheduler::take_guesses(std::span<const int32_t> guesses) {
+  if (!has_draft_model()) return;
+  for (const PlannedRows& rows : rows_) {
+    std::vector<int32_t>& draft = rows.sequence->draft;
+    PHALANX_CHECK(draft.size() <= guesses.size());
+    std::copy_n(guesses.begin(), draft.size(), draft.begin());
+    guesses = guesses.subspan(draft.size());
+  }
+}
+
+void Scheduler::accept_draft(Sequence& s, int32_t place) {
+  ++s.computed;
+  s.followed = std::max(s.followed, std::min(s.computed, s.guessed_until));
+  ++drafts_.accepted;
+  ++drafts_.accepted_by_place[static_cast<size_t>(place)];
 }
 
 void Scheduler::write(StepPlanWriter& writer, Sequence& s) {
@@ -242,7 +292,8 @@ void Scheduler::write(StepPlanWriter& writer, Sequence& s) {
 void Scheduler::publish(Sequence& s) {
   const std::span<const int32_t> tokens(s.tokens);
   const auto size = static_cast<size_t>(options_.block_size);
-  for (; (s.published + 1) * options_.block_size <= s.computed; ++s.published) {
+  const int32_t whole = has_draft_model() ? std::min(s.computed, s.followed) : s.computed;
+  for (; (s.published + 1) * options_.block_size <= whole; ++s.published) {
     const auto block = static_cast<size_t>(s.published);
     s.place = pool_.publish(s.place, tokens.subspan(block * size, size), s.blocks[block]);
   }
@@ -252,6 +303,7 @@ void Scheduler::advance(int64_t ns) {
   if (ns > 0) pace_.observe(decodes_ + draft_tokens_, prompt_tokens_, ns);
   for (const auto& s : running_) {
     s->computed += s->planned - static_cast<int32_t>(s->draft.size());
+    s->followed += s->following;
     s->planned = 0;
     if (pool_.shares_prefixes()) publish(*s);
   }
@@ -267,7 +319,7 @@ void Scheduler::restart(int64_t blocks) {
     std::unique_ptr<Sequence> sequence = std::move(running_.back());
     running_.pop_back();
     sequence->blocks.clear();
-    sequence->computed = sequence->planned = sequence->published = 0;
+    sequence->computed = sequence->planned = sequence->published = sequence->followed = 0;
     sequence->place = 0;
     sequence->draft.clear();
     waiting_.push_front(std::move(sequence));

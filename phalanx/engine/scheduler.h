@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -9,6 +10,8 @@
 #include <vector>
 
 #include "phalanx/engine/block_pool.h"
+#include "phalanx/engine/draft_order.h"
+#include "phalanx/engine/engine_options.h"
 #include "phalanx/engine/prefill_pace.h"
 #include "phalanx/engine/prompt_lookup.h"
 #include "phalanx/engine/sequence.h"
@@ -29,6 +32,8 @@ struct SchedulerOptions {
   int64_t ageing_ns = 0;           // waiting so long raises a sequence by one priority; 0: never
   int64_t draft_batch = 0;         // drafts only while at most that many sequences decode; 0: none
   PromptLookup lookup = {};
+  int64_t draft_model_tokens = 0;  // that a draft model computes in one step; 0: there is none, drafts
+                                   // are looked up
 };
 
 // Rows of logits that a plan asks for: those of `count` neighbouring tokens of one sequence.
@@ -36,6 +41,11 @@ struct PlannedRows {
   Sequence* sequence = nullptr;
   int32_t position = 0;  // of the first token
   int32_t count = 0;
+};
+
+struct DraftCounts {
+  uint64_t drafts = 0, tokens = 0, accepted = 0;
+  std::array<uint64_t, kMostDraftTokens> accepted_by_place{};
 };
 
 // Who computes what in the next step. Higher priorities first; within one the clients that wait take
@@ -57,6 +67,11 @@ struct PlannedRows {
 // (accept_draft()); a draft that is all right doubles the sequence's next, one that is all wrong halves
 // it.
 //
+// A draft model keeps its own KV cache in the same blocks. It follows prompts in the steps that compute
+// them, and a sequence that decodes without a draft a block at a time. A block is published when both
+// models have computed it, so whoever finds it may draft at once. Of a draft, what was accepted stays
+// computed in both; the last guess the draft model has yet to compute itself.
+//
 // A sequence begins with the blocks that are published for its first tokens, and publishes its own
 // as they fill. The last token is always computed, for its logits.
 //
@@ -74,13 +89,16 @@ class Scheduler {
   // Joins the queue.
   void add(std::unique_ptr<Sequence> sequence);
   // Writes the next step's sequences. Returns false when there is nothing to compute.
-  bool plan(StepPlanWriter& writer);
+  bool plan(StepPlanWriter& writer, DraftOrderWriter& order);
   // The logits that the plan asks for, in the order of its rows.
   [[nodiscard]] std::span<const PlannedRows> rows() const { return rows_; }
   // The planned step has been computed in `ns` (0: unknown).
   void advance(int64_t ns);
-  // The first guess of `sequence` that was not accepted yet is what was sampled, and so is computed.
-  void accept_draft(Sequence& sequence) { ++sequence.computed, ++accepted_drafts_; }
+  // What the draft model guessed in the planned step, in the order in which the plan wants it.
+  void take_guesses(std::span<const int32_t> guesses);
+  // The guess at `place` of the draft of `sequence`, the first that was not accepted yet, is what was
+  // sampled, and so is computed.
+  void accept_draft(Sequence& sequence, int32_t place);
   // The KV cache is lost, cached prefixes too; an empty one of `blocks` takes its place. Every
   // sequence waits again, in order of admission, to be computed from its first token.
   void restart(int64_t blocks);
@@ -97,8 +115,7 @@ class Scheduler {
   [[nodiscard]] int64_t waiting() const { return std::ssize(waiting_); }
   [[nodiscard]] const BlockPool& pool() const { return pool_; }
   [[nodiscard]] uint64_t preemptions() const { return preemptions_; }
-  [[nodiscard]] uint64_t drafts() const { return drafts_; }
-  [[nodiscard]] uint64_t accepted_drafts() const { return accepted_drafts_; }
+  [[nodiscard]] const DraftCounts& drafts() const { return drafts_; }
   // Prompt tokens that did not have to be computed.
   [[nodiscard]] uint64_t cached_tokens() const { return cached_tokens_; }
 
@@ -113,6 +130,8 @@ class Scheduler {
   void age();
   void admit(int64_t prefills, int64_t budget);
   void draft();
+  void follow(Sequence& sequence, int32_t index, DraftOrderWriter& order);
+  [[nodiscard]] bool has_draft_model() const { return options_.draft_model_tokens > 0; }
   void write(StepPlanWriter& writer, Sequence& sequence);
 
   SchedulerOptions options_;
@@ -131,7 +150,9 @@ class Scheduler {
   int64_t decodes_ = 0, prompt_tokens_ = 0, draft_tokens_ = 0, rows_left_ = 0;
   int64_t first_begun_ns_ = 0;  // when the oldest of those that decode got its first token
   std::vector<int32_t> drafted_;  // one sequence's newest token and its draft
-  uint64_t preemptions_ = 0, cached_tokens_ = 0, drafts_ = 0, accepted_drafts_ = 0;
+  int64_t follow_left_ = 0;       // tokens that the draft model may still take
+  uint64_t preemptions_ = 0, cached_tokens_ = 0;
+  DraftCounts drafts_;
 };
 
 }  // namespace phalanx::engine

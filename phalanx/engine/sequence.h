@@ -53,6 +53,9 @@ struct Sequence {
   int32_t planned = 0;              // tokens in the step being computed, drafts included
   std::vector<int32_t> draft;       // guesses after the last token, in the step being computed
   int32_t draft_limit = 0;          // follows how many were right
+  int32_t followed = 0;             // the draft model's KV cache holds tokens [0, followed)
+  int32_t following = 0;            // tokens that it computes in this step, guesses not counted
+  int32_t guessed_until = 0;        // positions that it will have computed then, guesses included
   bool finished = false;            // its final event is made; leaves at the next collect
 
   [[nodiscard]] int32_t length() const { return static_cast<int32_t>(tokens.size()); }

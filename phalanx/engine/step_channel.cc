@@ -15,6 +15,7 @@
 
 #include "phalanx/base/error.h"
 #include "phalanx/base/sealed_memory.h"
+#include "phalanx/engine/draft_order.h"
 
 namespace phalanx::engine {
 
@@ -43,12 +44,13 @@ struct Control {
   Bell to_rank;  // rung by the head: a plan, an abort
   std::atomic<uint64_t> plans{0};       // sent so far
   std::atomic<uint64_t> plan_bytes{0};  // of the last one
+  std::atomic<uint64_t> order_bytes{0};  // of its draft order
 
   Bell to_head;  // rung by rank 0: a result, a failure, an abort
   // Odd while the result is being written.
   std::atomic<uint64_t> results{0};
   std::atomic<uint64_t> generation{0}, step{0};
-  std::atomic<int64_t> total_ns{0}, compute_ns{0}, communication_ns{0};
+  std::atomic<int64_t> total_ns{0}, compute_ns{0}, communication_ns{0}, draft_ns{0};
 
   Notice failure;  // by rank 0
   Notice aborted;  // by either side
@@ -65,6 +67,14 @@ int64_t plan_area_bytes(const StepLimits& limits) {
 
 int64_t logits_area_bytes(const StepLimits& limits) {
   return round_up(limits.max_rows * limits.vocab_size * static_cast<int64_t>(sizeof(float)), 4096);
+}
+
+int64_t order_area_bytes(const StepLimits& limits) {
+  return round_up(max_draft_order_bytes(limits), 64);
+}
+
+int64_t guess_count(const StepLimits& limits) {
+  return limits.draft_sequences > 0 ? limits.max_rows : 0;
 }
 
 // A futex that works between processes (no FUTEX_PRIVATE_FLAG).
@@ -132,6 +142,13 @@ struct Area {
                                          logits_area_bytes(limits)),
             static_cast<size_t>(limits.ranks)};
   }
+  [[nodiscard]] std::byte* order() const {
+    return reinterpret_cast<std::byte*>(traces().data() + traces().size());
+  }
+  [[nodiscard]] std::span<int32_t> guesses() const {
+    return {reinterpret_cast<int32_t*>(order() + order_area_bytes(limits)),
+            static_cast<size_t>(guess_count(limits))};
+  }
   void abort(const std::string& reason) const noexcept {
     post(control().aborted, reason);
     ring(control().to_head);
@@ -151,7 +168,8 @@ struct Area {
 
 int64_t step_channel_bytes(const StepLimits& limits) {
   return kControlBytes + plan_area_bytes(limits) + logits_area_bytes(limits) +
-         limits.ranks * static_cast<int64_t>(sizeof(RankTrace));
+         limits.ranks * static_cast<int64_t>(sizeof(RankTrace)) + order_area_bytes(limits) +
+         guess_count(limits) * static_cast<int64_t>(sizeof(int32_t));
 }
 
 UniqueFd create_step_channel(const StepLimits& limits) {
@@ -179,7 +197,8 @@ struct StepChannelHead::State {
     const StepTiming read_timing{
         .total_ns = c.total_ns.load(std::memory_order_acquire),
         .compute_ns = c.compute_ns.load(std::memory_order_acquire),
-        .communication_ns = c.communication_ns.load(std::memory_order_acquire)};
+        .communication_ns = c.communication_ns.load(std::memory_order_acquire),
+        .draft_ns = c.draft_ns.load(std::memory_order_acquire)};
     if (c.results.load(std::memory_order_acquire) != before) return false;
     results_seen = before;
     if (generation != sent.generation || step != sent.step) return false;
@@ -198,7 +217,8 @@ StepChannelHead::StepChannelHead(int memfd, const StepLimits& limits)
 
 StepChannelHead::~StepChannelHead() = default;
 
-void StepChannelHead::send(std::span<const std::byte> plan) {
+void StepChannelHead::send(std::span<const std::byte> plan,
+                           std::span<const std::byte> draft_order) {
   State& s = *state_;
   s.throw_if_failed();
   if (s.outstanding) {
@@ -211,6 +231,12 @@ void StepChannelHead::send(std::span<const std::byte> plan) {
                 fmt::format("a step plan of {} bytes cannot be sent, expected {} to {}",
                             plan.size(), sizeof(StepPlanHeader), capacity));
   }
+  const int64_t order_capacity = max_draft_order_bytes(s.area.limits);
+  if (static_cast<int64_t>(draft_order.size()) > order_capacity) {
+    throw Error(Code::kInvalidArgument,
+                fmt::format("a draft order of {} bytes cannot be sent, expected at most {}",
+                            draft_order.size(), order_capacity));
+  }
   std::memcpy(&s.sent, plan.data(), sizeof(s.sent));
   if (s.sent.num_rows > s.area.limits.max_rows) {
     throw Error(Code::kInvalidArgument,
@@ -220,6 +246,8 @@ void StepChannelHead::send(std::span<const std::byte> plan) {
   Control& c = s.area.control();
   std::memcpy(s.area.plan(), plan.data(), plan.size());
   c.plan_bytes.store(plan.size(), std::memory_order_relaxed);
+  if (!draft_order.empty()) std::memcpy(s.area.order(), draft_order.data(), draft_order.size());
+  c.order_bytes.store(draft_order.size(), std::memory_order_relaxed);
   s.results_seen = c.results.load(std::memory_order_acquire) & ~uint64_t{1};
   s.outstanding = true;
   c.plans.fetch_add(1, std::memory_order_release);
@@ -246,6 +274,8 @@ std::span<const float> StepChannelHead::wait_logits(Deadline deadline, StepTimin
 }
 
 std::span<const RankTrace> StepChannelHead::traces() const { return state_->area.traces(); }
+
+std::span<const int32_t> StepChannelHead::guesses() const { return state_->area.guesses(); }
 
 void StepChannelHead::abort(const std::string& reason) noexcept { state_->area.abort(reason); }
 
@@ -279,6 +309,19 @@ std::span<const std::byte> StepChannelRank::wait_plan(Deadline deadline) {
   return {s.area.plan(), static_cast<size_t>(bytes)};
 }
 
+std::span<const std::byte> StepChannelRank::draft_order() const {
+  const Area& area = state_->area;
+  const uint64_t bytes = area.control().order_bytes.load(std::memory_order_relaxed);
+  if (static_cast<int64_t>(bytes) > max_draft_order_bytes(area.limits)) {
+    throw Error(Code::kDataLoss,
+                fmt::format("step channel: a draft order of {} bytes, at most {} fit", bytes,
+                            max_draft_order_bytes(area.limits)));
+  }
+  return {area.order(), static_cast<size_t>(bytes)};
+}
+
+std::span<int32_t> StepChannelRank::guesses() { return state_->area.guesses(); }
+
 float* StepChannelRank::logits() { return state_->area.logits(); }
 
 std::span<RankTrace> StepChannelRank::traces() { return state_->area.traces(); }
@@ -292,6 +335,7 @@ void StepChannelRank::publish(uint64_t generation, uint64_t step, const StepTimi
   c.total_ns.store(timing.total_ns, std::memory_order_release);
   c.compute_ns.store(timing.compute_ns, std::memory_order_release);
   c.communication_ns.store(timing.communication_ns, std::memory_order_release);
+  c.draft_ns.store(timing.draft_ns, std::memory_order_release);
   c.results.store(odd + 1, std::memory_order_release);
   ring(c.to_head);
 }

@@ -81,6 +81,7 @@ struct StepLimits {
   int64_t block_size = 0;
   int64_t vocab_size = 0;
   int64_t ranks = 1;
+  int64_t draft_sequences = 0;  // that a draft model guesses for in one step; 0: there is none
   // Each has a block of its own, where its newest token goes.
   [[nodiscard]] int64_t max_sequences() const;
   // Ids in all block tables together; sequences may share blocks.

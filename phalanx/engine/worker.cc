@@ -18,9 +18,15 @@ namespace {
 class Worker {
  public:
   Worker(const WorkerOptions& options, models::Model& model, comm::TracedGroup& group,
-         StepChannelRank* channel, RankPage* page)
-      : options_(options), model_(model), group_(group), channel_(channel), page_(page) {
+         StepChannelRank* channel, RankPage* page, Drafter* drafter)
+      : options_(options),
+        model_(model),
+        group_(group),
+        channel_(channel),
+        page_(page),
+        drafter_(drafter) {
     PHALANX_CHECK((channel != nullptr) == (group.rank() == 0));
+    PHALANX_CHECK(drafter == nullptr || channel != nullptr);
     buffer_.resize(static_cast<size_t>(
         std::max(options.limits.max_plan_bytes(), kFirstPieceBytes)));
     counted_ = group.stats();
@@ -78,6 +84,7 @@ class Worker {
       }
       begin();
       std::memcpy(buffer.data(), plan.data(), plan.size());
+      draft(buffer.first(plan.size()));
       group_.broadcast(buffer.first(kFirstPieceBytes), 0);
     } else {
       group_.broadcast(buffer.first(kFirstPieceBytes), 0);
@@ -97,7 +104,19 @@ class Worker {
     return buffer.first(bytes);
   }
 
+  // Completes the plan with the draft model's guesses, where some are wanted.
+  void draft(std::span<std::byte> plan) {
+    const std::span<const std::byte> order = channel_->draft_order();
+    if (order.empty()) return;
+    if (drafter_ == nullptr)
+      throw Error(Code::kDataLoss, "step channel: a draft order, and rank 0 has no draft model");
+    plan_.decode(plan, options_.limits);
+    drafter_->run(order, plan_, plan, channel_->guesses());
+    draft_ns_ = now_ns() - begin_ns_;
+  }
+
   void begin() {
+    draft_ns_ = 0;
     begin_ns_ = now_ns();
     at_begin_ = group_.stats();
   }
@@ -119,7 +138,10 @@ class Worker {
     add(&RankPage::steps_done, 1);
     add(&RankPage::heartbeat, 1);
     counted_ = now;
-    return {.total_ns = total, .compute_ns = compute, .communication_ns = wait + transfer};
+    return {.total_ns = total,
+            .compute_ns = compute,
+            .communication_ns = wait + transfer,
+            .draft_ns = draft_ns_};
   }
 
   void gather_traces(const StepTiming& timing) {
@@ -159,12 +181,14 @@ class Worker {
   comm::TracedGroup& group_;
   StepChannelRank* channel_;
   RankPage* page_;
+  Drafter* drafter_;
   std::optional<LogitsLog> log_;
   std::vector<std::byte> buffer_;
   StepPlanView plan_;
   std::vector<RankTrace> traces_;  // of the last traced step, by rank
   uint64_t last_step_ = 0;
   int64_t begin_ns_ = 0;
+  int64_t draft_ns_ = 0;           // of this step
   comm::GroupStats at_begin_;  // when this step's plan had arrived
   comm::GroupStats counted_;   // what is on the page already
 };
@@ -172,7 +196,7 @@ class Worker {
 }  // namespace
 
 void run_worker(const WorkerOptions& options, models::Model& model, comm::TracedGroup& group,
-                StepChannelRank* channel, RankPage* page) {
+                StepChannelRank* channel, RankPage* page, Drafter* drafter) {
   uint64_t step = 0;
   const auto named = [&](const char* what) {
     return fmt::format("rank {} failed after step {}: {}", group.rank(), step, what);
@@ -182,7 +206,7 @@ void run_worker(const WorkerOptions& options, models::Model& model, comm::Traced
     if (channel != nullptr) channel->fail(message);
   };
   try {
-    Worker worker(options, model, group, channel, page);
+    Worker worker(options, model, group, channel, page, drafter);
     while (worker.step()) step = worker.last_step();
   } catch (const Error& error) {
     // A fault of the group names its rank already.

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "phalanx/comm/traced_group.h"
+#include "phalanx/engine/drafter.h"
 #include "phalanx/engine/rank_page.h"
 #include "phalanx/engine/step_channel.h"
 #include "phalanx/models/model.h"
@@ -27,8 +28,11 @@ struct WorkerOptions {
 // A plan travels as a first piece of kFirstPieceBytes and, where it is longer, the rest.
 // After a step with kTraceStep all ranks gather what `group` did in it (the model must use the same
 // one), and rank 0 leaves that in the channel.
-// channel: rank 0 only, else nullptr. page: may be nullptr.
+// Where the channel holds a draft order, rank 0 puts the drafter's guesses into the plan before it
+// goes on to the others, and into the channel.
+// channel: rank 0 only, else nullptr. page: may be nullptr. drafter: rank 0 only, nullptr without a
+// draft model.
 void run_worker(const WorkerOptions& options, models::Model& model, comm::TracedGroup& group,
-                StepChannelRank* channel, RankPage* page);
+                StepChannelRank* channel, RankPage* page, Drafter* drafter = nullptr);
 
 }  // namespace phalanx::engine
