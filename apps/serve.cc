@@ -20,6 +20,7 @@
 #include "apps/config_log.h"
 #include "phalanx/api/http_server.h"
 #include "phalanx/api/plane_tls.h"
+#include "phalanx/api/request_journal.h"
 #include "phalanx/api/service.h"
 #include "phalanx/base/log.h"
 #include "phalanx/cluster/credentials.h"
@@ -128,7 +129,7 @@ api::ServerOptions server_options(const NodeConfig& config, const api::PlaneTls*
 class HttpHead final : public Head {
  public:
   HttpHead(const NodeConfig& config, const NodePlan& plan, Instance& instance,
-           const api::PlaneTls* inter_node)
+           const api::PlaneTls* inter_node, std::unique_ptr<api::JournalFile> journal)
       : instance_(instance),
         inter_node_(inter_node),
         options_(service_options(config, plan.info)),
@@ -136,15 +137,20 @@ class HttpHead final : public Head {
         chat_template_(text::ChatTemplate::load(config.model.weight_path,
                                                 config.model.chat_template.value_or(""))),
         tls_(open_tls(config.server)),
-        server_(server_options(config, tls_.get())) {}
+        journal_(journal ? std::make_unique<api::RequestJournal>(std::move(*journal)) : nullptr),
+        server_(server_options(config, tls_.get())) {
+    options_.request_journal = journal_ != nullptr;
+  }
 
   void open(engine::Engine& engine) override {
     service_ = std::make_unique<api::Service>(
         options_, engine, tokenizer_, chat_template_, [this] { return health(); },
         [this] { return status(); },
         [this] { instance_.stop("GET /stopService"); });
+    if (journal_) journal_->mount(server_);
     service_->mount(server_);
     server_.start();
+    if (journal_) journal_->answer_what_was_left();
     open_ = true;
   }
   void drain(Deadline deadline) override {
@@ -187,6 +193,7 @@ class HttpHead final : public Head {
   std::shared_ptr<const text::Tokenizer> tokenizer_;
   std::shared_ptr<const text::ChatTemplate> chat_template_;
   std::unique_ptr<api::PlaneTls> tls_;
+  std::unique_ptr<api::RequestJournal> journal_;  // outlives the server
   api::Server server_;
   std::unique_ptr<api::Service> service_;
   bool open_ = false;
@@ -211,6 +218,19 @@ void show_start(const NodeConfig& config, const NodePlan& plan, const HostResour
   log_info("memory of this node: weights {}, workspace {}, KV cache up to {} per rank, of {} ({})",
            format_bytes(weights), format_bytes(workspace), format_bytes(plan.kv_bytes_per_rank),
            format_bytes(host.memory_bytes), host.memory_source);
+}
+
+// The master's journal, open; null without one, or with a problem added.
+std::unique_ptr<api::JournalFile> open_journal(const std::string& path, const CheckReport& report,
+                                               Problems& problems) {
+  if (path.empty() || !report.plan || report.config.own_server != report.config.table.master())
+    return nullptr;
+  try {
+    return std::make_unique<api::JournalFile>(path);
+  } catch (const Error& error) {
+    problems.add({.what = error.what(), .where = "--request-journal"});
+  }
+  return nullptr;
 }
 
 // Room for every connection that is allowed.
@@ -286,6 +306,9 @@ int serve_main(int argc, char** argv) {
   double stuck_seconds = 2.5;
   app.add_option("--stuck-seconds", stuck_seconds, "a rank process without CPU time for so long is named stuck and replaced; 0: never, for work with a debugger (2.5)")
       ->check(CLI::Range(0.0, 1e6))->envname("PHALANX_STUCK_SECONDS");
+  std::string journal_path;
+  app.add_option("--request-journal", journal_path, "file in which accepted requests that are no streams are kept until they are answered; after a crash of the master they are answered, and fetched with GET /v1/requests/ID. The master's counts")
+      ->envname("PHALANX_REQUEST_JOURNAL");
   CLI11_PARSE(app, argc, argv);
   hide_secrets(arguments, argc, argv);
   raise_file_limit();
@@ -293,6 +316,7 @@ int serve_main(int argc, char** argv) {
   const Environment environment = process_environment();
   CheckReport report = check_start(arguments, environment, {.ports = true, .text = false});
   NodeConfig& config = report.config;
+  std::unique_ptr<api::JournalFile> journal = open_journal(journal_path, report, report.problems);
   if (!report.problems.empty()) {
     fmt::print(stderr, "phalanx: cannot start with this configuration ({} problem{}):\n{}",
                report.problems.list().size(), report.problems.list().size() == 1 ? "" : "s",
@@ -324,7 +348,7 @@ int serve_main(int argc, char** argv) {
     });
   const ConfigWatch watch(config.config_path, log.level);
   instance.set_success_line("Daemon start success!");
-  if (instance.is_master()) instance.set_head(std::make_unique<HttpHead>(config, plan, instance, inter_node.get()));
+  if (instance.is_master()) instance.set_head(std::make_unique<HttpHead>(config, plan, instance, inter_node.get(), std::move(journal)));
   log_audit("system", "Start mindie server", "success");
   const int status = instance.run();
   log_audit("system", "stop mindie server", status == 0 ? "success" : "fail");

@@ -116,6 +116,7 @@ struct Server::State final : ConnectionHost, std::enable_shared_from_this<Server
   asio::io_context io_;
   std::optional<asio::executor_work_guard<asio::io_context::executor_type>> guard_;
   Router router_;
+  Decorator decorator_;
   std::vector<std::unique_ptr<Entry>> listeners_;
   std::vector<std::thread> threads_;
   asio::thread_pool work_;
@@ -134,8 +135,11 @@ Server::Server(const ServerOptions& options) : state_(std::make_shared<State>(op
 Server::~Server() { stop(Deadline::in_seconds(0)); }
 
 void Server::route(Plane plane, std::string method, std::string pattern, Handler handler) {
+  if (state_->decorator_) handler = state_->decorator_(plane, method, pattern, std::move(handler));
   state_->router_.add(plane, std::move(method), std::move(pattern), std::move(handler));
 }
+
+void Server::decorate(Decorator decorator) { state_->decorator_ = std::move(decorator); }
 
 void Server::start() {
   for (auto& entry : state_->listeners_) entry->listener.listen();

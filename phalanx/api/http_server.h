@@ -60,6 +60,10 @@ class Server {
   // order of mounting wins, and handlers parse request.path themselves. HEAD is answered by GET's
   // handler without the body. A path without a route: 404, one without this method: 405.
   void route(Plane plane, std::string method, std::string pattern, Handler handler);
+  // Every route that is mounted from now on has the handler that `decorator` makes of its own.
+  using Decorator = std::function<Handler(Plane, const std::string& method,
+                                          const std::string& pattern, Handler)>;
+  void decorate(Decorator decorator);
   // Listens and accepts. Throws kUnavailable.
   void start();
   // Stops accepting; waits for open answers until the deadline, then closes all. Afterwards no

@@ -259,6 +259,18 @@ std::string openapi_document(const ServiceOptions& options) {
     operation["responses"] = responses_of(route);
     paths[route.path][route.method] = std::move(operation);
   }
+  if (options.request_journal) {
+    const OrderedJson text{{"application/json", {{"schema", {{"type", "object"}}}}}};
+    paths["/v1/requests/{id}"]["get"] = OrderedJson{
+        {"summary", "the answer to a request of the journal, once"},
+        {"operationId", "getRequest"},
+        {"parameters",
+         {{{"name", "id"}, {"in", "path"}, {"required", true}, {"schema", {{"type", "string"}}}}}},
+        {"responses",
+         {{"default", {{"description", "as the request's own route answers"}, {"content", text}}},
+          {"202", {{"description", "it is running"}, {"content", text}}},
+          {"404", {{"description", "no such request of this client is kept"}, {"content", text}}}}}};
+  }
   const OrderedJson document{{"openapi", "3.1.0"},
                              {"info", {{"title", "Phalanx"}, {"version", "1.0.0"}}},
                              {"paths", std::move(paths)},

@@ -48,6 +48,7 @@ struct ServiceOptions {
   bool enable_reasoning = false;            // models.<type>.enable_reasoning
   std::optional<bool> thinks;               // enable_thinking of tokenizer_config.json
   bool full_text = false;                   // fullTextEnabled
+  bool request_journal = false;             // GET /v1/requests/ID is there
   [[nodiscard]] bool is_model(std::string_view name) const {
     return name == model_name ||
            std::find(model_aliases.begin(), model_aliases.end(), name) != model_aliases.end();

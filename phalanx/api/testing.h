@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "phalanx/api/core.h"
+#include "phalanx/api/request_journal.h"
 #include "phalanx/api/testing_client.h"
 
 // An engine that follows a script, a text side in which every byte is a token, and both served.
@@ -243,7 +244,7 @@ class ScriptEngine final : public EnginePort {
 // A served instance on a free port of 127.0.0.1, all planes on one listener.
 struct Instance {
   explicit Instance(ServiceOptions service = default_options(), ServerOptions http = {},
-                    bool chat_template = true)
+                    bool chat_template = true, RequestJournal* journal = nullptr)
       : text(std::make_shared<ByteText>(chat_template)), server(listening(std::move(http))) {
     core = std::make_shared<Core>(
         std::move(service), std::shared_ptr<EnginePort>(std::shared_ptr<void>(), &engine), text,
@@ -252,8 +253,10 @@ struct Instance {
           return health;
         },
         [] { return std::string("{\"ranks\":2}"); }, [this] { stops.fetch_add(1); }, true);
+    if (journal != nullptr) journal->mount(server);
     mount_all(core, server);
     server.start();
+    if (journal != nullptr) journal->answer_what_was_left();
     port = server.ports()[0];
   }
   ~Instance() {
