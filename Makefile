@@ -12,7 +12,7 @@ help:
 	@echo "make test-long        a prompt of 32,768 tokens against its reference"
 	@echo "make fuzz             damaged frames, plans, tables, certificates, headers, configs; FUZZ_SECONDS=45 each"
 	@echo "make attack           strangers at the ports of two nodes under load for 5 of 10 minutes, ASan; ATTACK_SECONDS=300"
-	@echo "make oracle           remakes tests/oracle/data and quantised (needs torch and transformers)"
+	@echo "make oracle           remakes tests/oracle/data, quantised and adapters (needs torch and transformers)"
 	@echo "make bench            memory, kernels, collectives, engine; tables in bench/RESULTS.md"
 	@echo "make bench-load       loading beside plain reading and memcpy; 4 GB with experts over two nodes"
 	@echo "make bench-peers      the same work by llama.cpp, vLLM and OpenVINO; bench/PEERS.md"
@@ -65,6 +65,7 @@ oracle:
 	@$(PYTHON) tests/oracle/make_reference.py families tests/oracle/data
 	@$(PYTHON) tests/oracle/make_reference.py long tests/oracle/data
 	@$(PYTHON) tests/oracle/make_quantised.py tests/oracle/quantised
+	@$(PYTHON) tests/oracle/make_adapters.py tests/oracle/data tests/oracle/adapters
 
 bench: build
 	@scripts/bench

@@ -54,7 +54,7 @@ void Attention::forward(ops::Context& ctx, const MatrixView& x, std::span<const 
                         std::span<const int32_t> slots,
                         std::span<const ops::SequenceSlice> sequences, const ops::RopeTable& rope,
                         const ops::KvLayer& cache, const MatrixView& qkv,
-                        const MatrixView& out) const {
+                        const MatrixView& out, const LoraSite& lora) const {
   if (attention_.q_heads == 0) return;
   ops::KvLayer kv = cache;
   if (kv.dtype == DType::kI8 && kv.k_row_scale == nullptr) {
@@ -64,6 +64,12 @@ void Attention::forward(ops::Context& ctx, const MatrixView& x, std::span<const 
     kv.v_offset = v_offset_;
   }
   ops::linear(ctx, x, qkv_, bias_, qkv);
+  const int64_t q_columns = q_rows_.heads * q_rows_.head_dim;
+  const int64_t kv_columns = k_rows_.heads * k_rows_.head_dim;
+  lora.add(ctx, x,
+           {{&LoraLayer::q, qkv.columns(0, q_columns)},
+            {&LoraLayer::k, qkv.columns(q_columns, kv_columns)},
+            {&LoraLayer::v, qkv.columns(q_columns + kv_columns, kv_columns)}});
   ops::prepare_heads(ctx, qkv, q_rows_);
   ops::prepare_heads(ctx, qkv, k_rows_);
   ops::rope_and_store(ctx, qkv, attention_.q_heads, rope, positions, slots, kv);

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "phalanx/layers/cut_columns.h"
+#include "phalanx/layers/lora.h"
 #include "phalanx/layers/weight_plan.h"
 #include "phalanx/ops/head_rows.h"
 
@@ -43,7 +44,7 @@ class Attention {
   void forward(ops::Context& ctx, const MatrixView& x, std::span<const int32_t> positions,
                std::span<const int32_t> slots, std::span<const ops::SequenceSlice> sequences,
                const ops::RopeTable& rope, const ops::KvLayer& kv, const MatrixView& qkv,
-               const MatrixView& out) const;
+               const MatrixView& out, const LoraSite& lora) const;
 
  private:
   ops::PackedLinear qkv_;

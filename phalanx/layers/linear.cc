@@ -11,8 +11,12 @@ ShardedLinear::ShardedLinear(WeightPlan& plan, const Shape& shape, std::span<con
 }
 
 void ShardedLinear::forward(ops::Context& ctx, comm::Group& group, const MatrixView& x,
-                            const MatrixView& out) const {
-  if (weight_.rows > 0) ops::linear(ctx, x, weight_, bias_, columns_.own(out));
+                            const MatrixView& out, const LoraSite& lora,
+                            LoraPair LoraLayer::* pair) const {
+  if (weight_.rows > 0) {
+    ops::linear(ctx, x, weight_, bias_, columns_.own(out));
+    lora.add(ctx, x, {{pair, columns_.own(out)}});
+  }
   columns_.all_gather(group, out);
 }
 
@@ -33,11 +37,12 @@ GatedMlp::GatedMlp(WeightPlan& plan, const Shape& shape, std::span<const Range> 
 }
 
 void GatedMlp::forward(ops::Context& ctx, comm::Group& group, const MatrixView& x,
-                       const MatrixView& activation, const MatrixView& out) const {
+                       const MatrixView& activation, const MatrixView& out,
+                       const LoraSite& lora) const {
   if (gate_up_.rows > 0)
-    ops::gated_linear(ctx, x, gate_up_, gate_bias_, up_bias_, columns_.own(activation));
+    lora.gated_linear(ctx, x, gate_up_, gate_bias_, up_bias_, columns_.own(activation));
   columns_.all_gather(group, activation);
-  down_.forward(ctx, group, activation, out);
+  down_.forward(ctx, group, activation, out, lora, &LoraLayer::down);
 }
 
 }  // namespace phalanx::layers

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "phalanx/layers/cut_columns.h"
+#include "phalanx/layers/lora.h"
 #include "phalanx/layers/weight_plan.h"
 
 namespace phalanx::layers {
@@ -20,9 +21,10 @@ class ShardedLinear {
   // cut: rows of each rank. act: of the output.
   ShardedLinear(WeightPlan& plan, const Shape& shape, std::span<const Range> cut, DType act,
                 int rank);
-  // x: [T, k] whole. out: [T, rows] without gaps, whole on return on every rank.
-  void forward(ops::Context& ctx, comm::Group& group, const MatrixView& x,
-               const MatrixView& out) const;
+  // x: [T, k] whole. out: [T, rows] without gaps, whole on return on every rank. pair: of the
+  // adapters at `lora` what is added to this layer.
+  void forward(ops::Context& ctx, comm::Group& group, const MatrixView& x, const MatrixView& out,
+               const LoraSite& lora, LoraPair LoraLayer::* pair) const;
 
  private:
   ops::PackedLinear weight_;
@@ -43,7 +45,7 @@ class GatedMlp {
            std::span<const Range> hidden_cut, DType act, int rank);
   // x: [T, hidden]; activation: [T, intermediate], overwritten; out: [T, hidden].
   void forward(ops::Context& ctx, comm::Group& group, const MatrixView& x,
-               const MatrixView& activation, const MatrixView& out) const;
+               const MatrixView& activation, const MatrixView& out, const LoraSite& lora) const;
 
  private:
   ops::PackedGated gate_up_;

@@ -263,6 +263,8 @@ Activations::Activations(layers::Carver& carver, const DecoderConfig& config,
   if (info.experts.count > 0)
     moe.emplace(carver, moe_shape(config, ""), expert_layout(layout), tokens, info.act,
                 options.rank);
+  if (options.max_adapters > 0)
+    lora.emplace(carver, lora_shape(info, own, options.max_adapter_rank));
 }
 
 void verify_checkpoint(const ModelInfo& info, const weights::Checkpoint& checkpoint,
@@ -295,12 +297,16 @@ MemoryNeed memory_need(const ModelInfo& info, const ModelOptions& options) {
       info.experts.count > 0
           ? layers::Moe::Scratch::table_bytes(moe_shape({.info = info}, ""), options.max_step_tokens)
           : 0;
+  const int64_t adapter_bytes =
+      options.max_adapters *
+      bytes_of_adapter(info, own, options.max_adapter_rank, options.isa);
   return {.weight_bytes = plan.arena_bytes(),
           .workspace_bytes =
               carver.bytes() + rope_bytes + tables + layers::Vocab::table_bytes(options.max_step_tokens) +
               ops::Context::bytes_for(context_options(info, own, options), options.threads),
           .kv_bytes_per_block = kv_shape(info, own, options).bytes_per_block(),
-          .read_bytes = plan.read_bytes()};
+          .read_bytes = plan.read_bytes(),
+          .adapter_bytes = adapter_bytes};
 }
 
 DecoderModel::DecoderModel(const DecoderConfig& config,
@@ -349,6 +355,7 @@ DecoderModel::DecoderModel(const DecoderConfig& config,
   workspace_ = layers::Memory(measure.bytes(), "the activations of this rank");
   layers::Carver carver(workspace_.data());
   activations_ = std::make_unique<Activations>(carver, config, layout, options);
+  adapters_.resize(static_cast<size_t>(options.max_adapters));
   load_stats_ = {.tensors = source.tensors_asked(),
                  .bytes_read = source.bytes_read(),
                  .seconds = static_cast<double>(now_ns() - begin_ns) * 1e-9};
@@ -366,6 +373,7 @@ void DecoderModel::forward(const StepInputs& inputs, float* logits) {
                 rows <= options_.max_step_rows && inputs.positions.size() == inputs.tokens.size() &&
                 inputs.slots.size() == inputs.tokens.size());
   const comm::GroupStats before = group_.stats();
+  place_adapters(inputs);
   const int64_t begin_ns = now_ns();
   run_layers(inputs);
   if (rows > 0) run_head(rows, logits);
@@ -378,21 +386,53 @@ void DecoderModel::forward(const StepInputs& inputs, float* logits) {
 
 void DecoderModel::run_attention(const DecoderLayers::Layer& layer, size_t index,
                                  const StepInputs& inputs, const MatrixView& x,
-                                 const MatrixView& out) {
+                                 const MatrixView& out, const layers::LoraSite& lora) {
   const ops::KvLayer& kv = kv_.layer(static_cast<int64_t>(index));
   if (const auto* latent = std::get_if<layers::LatentAttention>(&layer.attention))
     return latent->forward(ctx_, group_, x, inputs.positions, inputs.slots, inputs.sequences, rope_,
                            kv, *activations_->latent, out);
   std::get<layers::Attention>(layer.attention)
       .forward(ctx_, x, inputs.positions, inputs.slots, inputs.sequences, rope_, kv,
-               activations_->qkv.rows_of(0, x.rows), out);
+               activations_->qkv.rows_of(0, x.rows), out, lora);
 }
 
 void DecoderModel::run_mlp(const DecoderLayers::Layer& layer, const MatrixView& x,
-                           const MatrixView& inner, const MatrixView& out) {
+                           const MatrixView& inner, const MatrixView& out,
+                           const layers::LoraSite& lora) {
   if (const auto* moe = std::get_if<layers::Moe>(&layer.mlp))
     return moe->forward(ctx_, group_, x, *activations_->moe, out);
-  std::get<layers::GatedMlp>(layer.mlp).forward(ctx_, group_, x, inner, out);
+  std::get<layers::GatedMlp>(layer.mlp).forward(ctx_, group_, x, inner, out, lora);
+}
+
+std::unique_ptr<Adapter> DecoderModel::read_adapter(const std::string& directory) const {
+  return read_own_adapter(config_.info, own_, directory, options_.max_adapter_rank, options_.isa);
+}
+
+void DecoderModel::set_adapter(int64_t slot, std::unique_ptr<Adapter> adapter) {
+  PHALANX_CHECK(slot >= 0 && slot < options_.max_adapters);
+  adapters_[static_cast<size_t>(slot)] = std::move(adapter);
+}
+
+void DecoderModel::place_adapters(const StepInputs& inputs) {
+  adapted_rows_.clear();
+  adapted_samples_.clear();
+  if (inputs.adapters.empty()) return;
+  PHALANX_CHECK(inputs.adapters.size() == inputs.sequences.size());
+  size_t sample = 0;
+  for (size_t i = 0; i < inputs.sequences.size(); ++i) {
+    const ops::SequenceSlice& s = inputs.sequences[i];
+    const size_t first = sample;
+    while (sample < inputs.sample_rows.size() &&
+           inputs.sample_rows[sample] < s.token_begin + s.token_count)
+      ++sample;
+    const int32_t slot = inputs.adapters[i];
+    if (slot < 0) continue;
+    if (slot >= std::ssize(adapters_) || adapters_[static_cast<size_t>(slot)] == nullptr)
+      throw Error(Code::kDataLoss, fmt::format("step plan: adapter is {}, a slot that is empty", slot));
+    const auto layers = layers_of(*adapters_[static_cast<size_t>(slot)]);
+    adapted_rows_.add(layers, s.token_begin, s.token_count);
+    adapted_samples_.add(layers, static_cast<int64_t>(first), static_cast<int64_t>(sample - first));
+  }
 }
 
 // Leaves the residual stream of the sample rows in sampled_residual.
@@ -414,7 +454,11 @@ void DecoderModel::run_layers(const StepInputs& inputs) {
   for (size_t i = 0; i < layers_->layers.size(); ++i) {
     const DecoderLayers::Layer& layer = layers_->layers[i];
     const bool last = i + 1 == layers_->layers.size();
-    run_attention(layer, i, inputs, normed, attention);
+    // Only models that take adapters have the memory for it.
+    const auto lora = [&](const layers::LoraRows& rows) {
+      return rows.empty() ? layers::LoraSite() : layers::LoraSite(rows, i, *a.lora);
+    };
+    run_attention(layer, i, inputs, normed, attention, lora(adapted_rows_));
     if (last) {
       // Nothing after the last attention mixes tokens: go on with the rows to sample alone.
       if (rows == 0) return;
@@ -428,10 +472,11 @@ void DecoderModel::run_layers(const StepInputs& inputs) {
       mlp = rows_or_none(a.mlp, rows);
     }
     layer.attention_columns().all_gather(group_, attention);
-    layer.output.forward(ctx_, group_, attention, delta);
+    const layers::LoraSite site = lora(last ? adapted_samples_ : adapted_rows_);
+    layer.output.forward(ctx_, group_, attention, delta, site, &layers::LoraLayer::o);
     ops::add_rms_norm(ctx_, residual, delta, layer.mlp_norm.weight, eps, normed,
                       layer.mlp_norm.bias);
-    run_mlp(layer, normed, mlp, delta);
+    run_mlp(layer, normed, mlp, delta, site);
     const DecoderLayers::Norm& next =
         last ? layers_->final_norm : layers_->layers[i + 1].attention_norm;
     ops::add_rms_norm(ctx_, residual, delta, next.weight, eps, normed, next.bias);

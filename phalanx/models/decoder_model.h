@@ -11,9 +11,11 @@
 #include "phalanx/layers/kv_cache.h"
 #include "phalanx/layers/latent_attention.h"
 #include "phalanx/layers/linear.h"
+#include "phalanx/layers/lora.h"
 #include "phalanx/layers/memory.h"
 #include "phalanx/layers/moe.h"
 #include "phalanx/layers/vocab.h"
+#include "phalanx/models/adapter.h"
 #include "phalanx/models/decoder_config.h"
 #include "phalanx/weights/arena.h"
 
@@ -57,6 +59,7 @@ struct Activations {
   layers::MatrixView own_logits;         // f32 [max_step_rows, own vocabulary], not on rank 0
   std::optional<layers::LatentAttention::Scratch> latent;
   std::optional<layers::Moe::Scratch> moe;
+  std::optional<layers::LoraScratch> lora;  // where the model takes adapters
 };
 
 // Columns of the attention's output.
@@ -79,12 +82,18 @@ class DecoderModel final : public Model {
   [[nodiscard]] StepTimes last_times() const override { return last_times_; }
   void allocate_kv(int64_t blocks) override;
   void forward(const StepInputs& inputs, float* logits) override;
+  [[nodiscard]] std::unique_ptr<Adapter> read_adapter(const std::string& directory) const override;
+  void set_adapter(int64_t slot, std::unique_ptr<Adapter> adapter) override;
 
  private:
+  // Which rows of the step, and of those to sample, use which adapter.
+  void place_adapters(const StepInputs& inputs);
   void run_attention(const DecoderLayers::Layer& layer, size_t index, const StepInputs& inputs,
-                     const layers::MatrixView& x, const layers::MatrixView& out);
+                     const layers::MatrixView& x, const layers::MatrixView& out,
+                     const layers::LoraSite& lora);
   void run_mlp(const DecoderLayers::Layer& layer, const layers::MatrixView& x,
-               const layers::MatrixView& inner, const layers::MatrixView& out);
+               const layers::MatrixView& inner, const layers::MatrixView& out,
+               const layers::LoraSite& lora);
   void run_layers(const StepInputs& inputs);
   void run_head(int64_t rows, float* logits);
 
@@ -99,6 +108,9 @@ class DecoderModel final : public Model {
   std::unique_ptr<weights::Arena> arena_;
   std::unique_ptr<DecoderLayers> layers_;
   layers::KvCache kv_;
+  std::vector<std::unique_ptr<Adapter>> adapters_;  // by slot
+  layers::LoraRows adapted_rows_;
+  layers::LoraRows adapted_samples_;
   LoadStats load_stats_;
   StepTimes last_times_;
 };

@@ -95,6 +95,7 @@ struct MemoryNeed {
   int64_t workspace_bytes = 0;    // activations, scratch, tables
   int64_t kv_bytes_per_block = 0;
   int64_t read_bytes = 0;         // to be read from disk for this rank
+  int64_t adapter_bytes = 0;      // of max_adapters of max_adapter_rank, all that they may adapt
 };
 
 // What the KV cache is to hold.
@@ -115,6 +116,8 @@ struct ModelOptions {
   std::vector<double> weights;   // of the ranks, for the cut; its size is the world size
   int64_t moe_ep = 1;            // see plan_layout
   int rank = 0;
+  int64_t max_adapters = 0;      // slots for LoRA adapters
+  int64_t max_adapter_rank = 0;  // of their layers
   // Sees the input of every linear layer (ops::Context::Options::observer); lent.
   const std::function<void(const ops::MatrixView& x)>* observer = nullptr;
   int threads = 1;               // of the pool that load_model will be given
@@ -128,6 +131,20 @@ struct StepInputs {
   std::span<const int32_t> slots;       // [T] KV slot of each token
   std::span<const ops::SequenceSlice> sequences;
   std::span<const int32_t> sample_rows; // [R] indices into tokens
+  std::span<const int32_t> adapters;    // slot of each sequence's adapter, -1: none; empty: none at all
+};
+
+// A LoRA adapter as one rank holds it. Immutable.
+class Adapter {
+ public:
+  virtual ~Adapter() = default;
+  [[nodiscard]] const std::string& digest() const { return digest_; }  // of its files, whole
+
+ protected:
+  explicit Adapter(std::string digest) : digest_(std::move(digest)) {}
+
+ private:
+  std::string digest_;
 };
 
 struct LoadStats {
@@ -154,6 +171,11 @@ class Model {
   // others. Throws what the group throws.
   virtual void forward(const StepInputs& inputs, float* logits) = 0;
   [[nodiscard]] virtual StepTimes last_times() const = 0;  // of the last forward
+  // Reads this rank's part of an adapter (PEFT's layout). From any thread, also beside forward(). Throws
+  // Error with all problems.
+  [[nodiscard]] virtual std::unique_ptr<Adapter> read_adapter(const std::string& directory) const = 0;
+  // Puts it into a slot, from where forward() uses it; nullptr: empties the slot.
+  virtual void set_adapter(int64_t slot, std::unique_ptr<Adapter> adapter) = 0;
 };
 
 // Reads config.json only. Throws Error naming file, key, found, expected; an unknown model_type is
@@ -165,6 +187,15 @@ class Model {
 void check_checkpoint(const std::string& directory);
 
 [[nodiscard]] MemoryNeed memory_need(const ModelInfo& info, const ModelOptions& options);
+
+struct AdapterFacts {
+  int64_t max_rank = 0;
+  std::string digest;  // as Adapter::digest
+};
+// Verifies an adapter's configuration and the headers of its weights against the model, and reads all
+// of it once for its digest. Throws Error(kInvalidArgument) with all problems.
+[[nodiscard]] AdapterFacts check_adapter(const ModelInfo& info, const std::string& directory,
+                                         int64_t max_rank);
 
 // Reads and packs this rank's part. progress(bytes done, bytes total), called from the loading
 // thread. `group` and `pool` must outlive the model.

@@ -28,6 +28,7 @@ struct TestSlice {
   int sequence = 0;                // its number; blocks follow from it
   int64_t begin = 0;               // first position
   std::vector<int32_t> tokens;     // at positions begin, begin + 1, ...
+  int32_t adapter = -1;            // of RunOptions::adapters
 };
 
 struct TestStep {
@@ -47,6 +48,7 @@ struct FlatStep {
                                              slice.sequence));
       tables.push_back(std::move(table));
       const auto count = static_cast<int32_t>(slice.tokens.size());
+      adapters.push_back(slice.adapter);
       slices.push_back({.token_begin = static_cast<int32_t>(tokens.size()),
                         .token_count = count,
                         .context = static_cast<int32_t>(slice.begin) + count,
@@ -64,11 +66,11 @@ struct FlatStep {
   }
   [[nodiscard]] StepInputs inputs() const {
     return {.tokens = tokens, .positions = positions, .slots = slots, .sequences = slices,
-            .sample_rows = rows};
+            .sample_rows = rows, .adapters = adapters};
   }
   std::vector<std::vector<int32_t>> tables;
   std::vector<ops::SequenceSlice> slices;
-  std::vector<int32_t> tokens, positions, slots, rows;
+  std::vector<int32_t> tokens, positions, slots, rows, adapters;
 };
 
 struct RunOptions {
@@ -81,6 +83,7 @@ struct RunOptions {
   int64_t max_sequence = kTestSequence;
   int64_t moe_ep = 1;
   KvDtype kv = KvDtype::kCheckpoint;
+  std::vector<std::string> adapters;  // directories, by slot
   std::vector<LoadStats>* load_stats = nullptr;  // receives one per rank
   std::function<void(DecoderConfig&)> change;    // of what config.json says
   // After the steps sequence 0 goes on: this many tokens, each the best of the logits before it.
@@ -113,7 +116,9 @@ inline std::vector<float> run_steps(const RunOptions& options, const std::vector
                                        .kv = options.kv,
                                        .weights = options.weights,
                                        .moe_ep = options.moe_ep,
-                                       .rank = rank};
+                                       .rank = rank,
+                                       .max_adapters = std::ssize(options.adapters),
+                                       .max_adapter_rank = 64};
       FamilyConfig found = read_config(options.directory);
       if (options.change) options.change(found.config);
       const auto model = std::make_unique<DecoderModel>(
@@ -121,6 +126,8 @@ inline std::vector<float> run_steps(const RunOptions& options, const std::vector
       if (options.load_stats != nullptr)
         (*options.load_stats)[static_cast<size_t>(rank)] = model->load_stats();
       model->allocate_kv(options.max_sequence / kTestBlock * options.sequences);
+      for (size_t slot = 0; slot < options.adapters.size(); ++slot)
+        model->set_adapter(static_cast<int64_t>(slot), model->read_adapter(options.adapters[slot]));
       std::vector<TestStep> all = steps;
       int32_t next = 0;
       for (size_t i = 0; i < steps.size() + static_cast<size_t>(std::max<int64_t>(0, options.generate - 1)); ++i) {
