@@ -43,6 +43,7 @@ SubmitResult Engine::submit(GenerateRequest request, std::shared_ptr<EventSink> 
     if (detail != nullptr) *detail = std::move(text);
     return result;
   };
+  const std::string adapter = request.adapter;
   Submission submission = make_sequence(std::move(request), std::move(sink), s.options);
   if (submission.result != SubmitResult::kAccepted) {
     return refuse(submission.result, std::move(submission.detail));
@@ -67,6 +68,15 @@ SubmitResult Engine::submit(GenerateRequest request, std::shared_ptr<EventSink> 
     return refuse(SubmitResult::kQueueFull,
                   fmt::format("{} requests are waiting, at most {} may", waiting,
                               s.options.max_queue));
+  }
+  if (!adapter.empty()) {
+    const auto found = s.adapters.find(adapter);
+    if (!found)
+      return refuse(SubmitResult::kUnknownAdapter,
+                    fmt::format("the LoRA adapter '{}' is not loaded", adapter));
+    s.adapters.acquire(found->id);
+    sequence->salt = found->id;
+    sequence->adapter = found->slot;
   }
   sequence->tag = s.next_tag++;
   s.active.emplace(sequence->id, sequence.get());

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "phalanx/base/clock.h"
+#include "phalanx/engine/adapter_table.h"
 #include "phalanx/engine/engine_options.h"
 #include "phalanx/engine/request.h"
 #include "phalanx/engine/step_channel.h"
@@ -29,6 +30,8 @@ class StepExecutor {
   [[nodiscard]] virtual std::span<const RankTrace> traces() const = 0;
   // Of the step that was waited for, at least what its draft order wanted; valid until the next send.
   [[nodiscard]] virtual std::span<const int32_t> guesses() const = 0;
+  // When the plan that was waited for had AdapterAct::kSettle: the same.
+  [[nodiscard]] virtual std::span<const AdapterReport> adapter_reports() const = 0;
   // From any thread, more than once; wait() and send() throw Error soon.
   virtual void abort(const std::string& reason) noexcept = 0;
 };
@@ -92,6 +95,18 @@ class Engine {
   // Called from the engine thread when the executor threw: once, or with `recover` each time.
   void on_failure(std::function<void(const Error&)> callback);
 
+  // Has every rank read the LoRA adapter at `path`, beside the steps that compute. done is called once,
+  // from the engine thread (it must not block): with nothing when requests may name it, else with the
+  // error. Throws Error at once: kFailedPrecondition (max_adapters is 0), kAlreadyExists,
+  // kResourceExhausted (no slot), kInvalidArgument, kUnavailable.
+  void load_adapter(const std::string& name, const std::string& path,
+                    std::function<void(const std::optional<Error>&)> done);
+  // New requests cannot name it from now on; those that use it go on to their end, and only then its
+  // slot and memory are free. Throws Error(kNotFound), or kFailedPrecondition while it is being loaded.
+  void unload_adapter(const std::string& name);
+  // Those that requests may name, in the order in which they were loaded.
+  [[nodiscard]] std::vector<AdapterTable::Named> adapters() const;
+
   // The next `steps` (1 to kMaxTracedSteps) that compute something are traced, on every rank. False:
   // that is going on already.
   [[nodiscard]] bool begin_trace(int64_t steps);
@@ -119,6 +134,9 @@ class ChannelExecutor final : public StepExecutor {
   }
   [[nodiscard]] std::span<const RankTrace> traces() const override { return channel_.traces(); }
   [[nodiscard]] std::span<const int32_t> guesses() const override { return channel_.guesses(); }
+  [[nodiscard]] std::span<const AdapterReport> adapter_reports() const override {
+    return channel_.adapter_reports();
+  }
   void abort(const std::string& reason) noexcept override { channel_.abort(reason); }
 
  private:

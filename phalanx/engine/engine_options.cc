@@ -36,6 +36,7 @@ void check_options(const EngineOptions& o) {
                   .expected = fmt::format("at most {}", kMostDraftTokens)});
   at_least("draft_least", o.draft_least, 1);
   at_least("draft_most", o.draft_most, o.draft_least);
+  at_least("max_adapters", o.max_adapters, 0);
   at_least("max_queue", o.max_queue, 1);
   if (o.blocks > 0 && o.block_size > 0 && o.blocks > INT32_MAX / o.block_size) {
     problems.add({.what = "the KV cache has more slots than a 32-bit slot number can name",

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace phalanx::engine {
 
@@ -33,6 +35,8 @@ struct EngineOptions {
   int64_t draft_most = 4;              // tokens of the run that is looked up, at most and at least
   int64_t draft_least = 2;
   int64_t draft_batch = 16;            // no drafts while more sequences than this decode
+  int64_t max_adapters = 0;            // LoRA adapters at once (StepLimits: max_adapters); 0: none
+  std::vector<std::string> rank_places;  // of the ranks, for messages about adapters: "rank 2 (node A)"
   uint64_t generation = 1;
   bool recover = false;                // an executor that throws suspends the engine, not ends it
   double step_seconds = 600;           // longest wait for one step

@@ -33,7 +33,10 @@ bool Engine::State::stay_suspended(const std::optional<Error>& error) {
     const bool any_cancels = std::exchange(cancels, false);
     stats.waiting += std::ssize(arrived);
     const std::optional<Resumption> next = std::exchange(resumption, std::nullopt);
-    if (next) suspended = suspend_wanted = false;
+    if (next) {
+      suspended = suspend_wanted = false;
+      adapters.restart();
+    }
     lock.unlock();
     for (auto& s : arrived) scheduler.add(std::move(s));
     arrived.clear();

@@ -14,6 +14,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "phalanx/engine/adapter_table.h"
 #include "phalanx/engine/engine.h"
 #include "phalanx/engine/sampler.h"
 #include "phalanx/engine/scheduler.h"
@@ -40,6 +41,11 @@ struct Engine::State {
   void finish_not_finite(Sequence& sequence, int32_t position);
   void compute_step();
   void idle_step();
+  [[nodiscard]] std::optional<Clock::time_point> adapters_due() const;  // engine_adapters.cc
+  void adapter_step();
+  void end_adapter(const AdapterTable::Outcome& outcome);
+  void restore_adapters();
+  void abandon_adapters(const Error& error);
   void publish_stats();
   void add_trace(StepTrace trace);
   void fail_by_itself(const Error& error);
@@ -65,6 +71,7 @@ struct Engine::State {
   std::vector<Outgoing> outgoing;
   std::vector<TokenLogprob> top;
   Clock::time_point last_plan = Clock::now();
+  Clock::time_point last_settle;                   // when the ranks were last told of adapters
   EngineStats counted;                             // what this thread counts
 
   // --- Guarded by `mutex`.
@@ -73,6 +80,7 @@ struct Engine::State {
   std::condition_variable settled; // drain() and the destructor wait
   std::vector<std::unique_ptr<Sequence>> inbox;
   std::unordered_map<std::string, Sequence*> active;  // by id, until the final event is made
+  AdapterTable adapters;
   EngineStats stats;
   uint32_t next_tag = 0;
   int64_t undelivered = 0;         // accepted, final event not yet delivered

@@ -45,7 +45,8 @@ inline StepLimits limits_of(const EngineOptions& o) {
           .blocks = o.blocks,
           .block_size = o.block_size,
           .vocab_size = o.vocab_size,
-          .draft_sequences = o.draft_model ? o.draft_batch : 0};
+          .draft_sequences = o.draft_model ? o.draft_batch : 0,
+          .max_adapters = o.max_adapters};
 }
 
 // What one plan held.
@@ -102,6 +103,7 @@ class FakeExecutor final : public StepExecutor {
     if (view_.header().kind == StepKind::kCompute) {
       model.forward(view_.inputs(), logits_.data());
     }
+    if (view_.header().kind == StepKind::kAdapter) follow_order();
     if (timing != nullptr) {
       *timing = {.total_ns = step_ns ? step_ns(seen().back()) : 1000,
                  .compute_ns = 900,
@@ -110,6 +112,8 @@ class FakeExecutor final : public StepExecutor {
     return std::span<const float>(logits_).first(view_.header().num_rows *
                                                  static_cast<size_t>(kHistoryVocab));
   }
+
+  [[nodiscard]] std::span<const AdapterReport> adapter_reports() const override { return reports_; }
 
   // As one rank would tell of a step with a single gather.
   [[nodiscard]] std::span<const RankTrace> traces() const override { return traces_; }
@@ -148,6 +152,14 @@ class FakeExecutor final : public StepExecutor {
   }
 
  private:
+  void follow_order() {
+    const AdapterOrder& order = view_.order();
+    if (order.act == AdapterAct::kRead) return loader_.begin(order.slot, std::string(view_.order_path()));
+    if (order.act == AdapterAct::kDrop) return loader_.drop(order.slot);
+    reports_.assign(1, loader_.report());
+    loader_.settle(reports_);
+  }
+
   const StepLimits limits_;
   std::vector<std::byte> buffer_;
   StepPlanView view_;
@@ -167,6 +179,10 @@ class FakeExecutor final : public StepExecutor {
   std::function<int64_t(const Seen&)> step_ns;  // how long a step says it took
   HistoryModel model;                           // engine thread
   HistoryModel draft_model;                     // the same; for options with one
+
+ private:
+  AdapterLoader loader_{model};
+  std::vector<AdapterReport> reports_;
 };
 
 class Recorder final : public EventSink {

@@ -27,7 +27,8 @@ Engine::State::State(const EngineOptions& options, StepExecutor& executor)
                  .draft_batch = options.draft_tokens > 0 ? options.draft_batch : 0,
                  .lookup = {.most = options.draft_most, .least = options.draft_least},
                  .draft_model_tokens = options.draft_model ? options.max_step_tokens : 0}),
-      sampler(options.vocab_size) {
+      sampler(options.vocab_size),
+      adapters(options.max_adapters) {
   stats.blocks_total = stats.blocks_free = options.blocks;
 }
 
@@ -61,6 +62,7 @@ void Engine::State::run() {
     for (auto& s : inbox) scheduler.add(std::move(s));
     inbox.clear();
     lock.unlock();
+    abandon_adapters(error.value_or(Error(Code::kUnavailable, "the engine is being stopped")));
     if (stop) {
       end_all(FinishReason::kCancelled, std::nullopt);
     } else {
@@ -81,8 +83,17 @@ void Engine::State::run() {
 // False when stopping or failed by another, true when to be suspended; throws what the executor
 // throws.
 bool Engine::State::loop() {
+  restore_adapters();
   while (take_work()) {
+    bool adapters_first = false;
+    {
+      const std::lock_guard lock(mutex);
+      const auto next = adapters_due();
+      adapters_first = next && Clock::now() >= *next;
+    }
+    if (adapters_first) adapter_step();
     if (scheduler.empty()) {
+      if (adapters_first) continue;
       idle_step();
     } else {
       compute_step();
@@ -104,9 +115,13 @@ bool Engine::State::take_work() {
       std::unique_lock lock(mutex);
       publish_stats();
       if (scheduler.empty()) {
-        wake.wait_until(lock, due, [&] {
-          return stopping || failure || suspend_wanted || cancels || !inbox.empty();
-        });
+        // What is said of adapters from another thread changes when to wake.
+        while (!(stopping || failure || suspend_wanted || cancels || !inbox.empty())) {
+          const auto adapter = adapters_due();
+          const auto until = adapter ? std::min(due, *adapter) : due;
+          if (Clock::now() >= until) break;
+          wake.wait_until(lock, until);
+        }
       }
       if (stopping || failure || suspend_wanted) return false;
       arrived.swap(inbox);
@@ -117,6 +132,9 @@ bool Engine::State::take_work() {
     arrived.clear();
     if (any_cancels) end_cancelled();
     if (!scheduler.empty() || Clock::now() >= due) return true;
+    const std::lock_guard lock(mutex);
+    const auto adapter = adapters_due();
+    if (adapter && Clock::now() >= *adapter) return true;
   }
 }
 
@@ -328,7 +346,10 @@ void Engine::State::retire() {
   const size_t before = retired.size();
   scheduler.collect(retired);
   const std::lock_guard lock(mutex);
-  for (size_t i = before; i < retired.size(); ++i) active.erase(retired[i]->id);
+  for (size_t i = before; i < retired.size(); ++i) {
+    active.erase(retired[i]->id);
+    if (retired[i]->salt != 0) adapters.release(retired[i]->salt);
+  }
 }
 
 void Engine::State::deliver() {

@@ -8,8 +8,11 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <algorithm>
 #include <functional>
+#include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "phalanx/base/error.h"
@@ -46,11 +49,16 @@ class HistoryModel final : public models::Model {
     slots_.assign(static_cast<size_t>(blocks * block_size_), Slot{});
   }
   void forward(const models::StepInputs& in, float* logits) override {
-    for (size_t t = 0; t < in.tokens.size(); ++t) {
-      slots_[static_cast<size_t>(in.slots[t])] = {in.tokens[t], in.positions[t]};
+    for (size_t i = 0; i < in.sequences.size(); ++i) {
+      const auto& s = in.sequences[i];
+      for (auto t = static_cast<size_t>(s.token_begin);
+           t < static_cast<size_t>(s.token_begin + s.token_count); ++t)
+        slots_[static_cast<size_t>(in.slots[t])] = {in.tokens[t], in.positions[t],
+                                                    adapter_of(in, i)};
     }
     size_t row = 0;
-    for (const auto& s : in.sequences) {
+    for (size_t i = 0; i < in.sequences.size(); ++i) {
+      const auto& s = in.sequences[i];
       std::vector<int32_t> history;
       for (int32_t p = 0; p < s.context; ++p) {
         const int64_t block = s.block_table[p / block_size_];
@@ -58,20 +66,45 @@ class HistoryModel final : public models::Model {
         if (slot.position != p) {
           ADD_FAILURE() << "the slot of position " << p << " holds position " << slot.position;
         }
+        if (slot.adapter != adapter_of(in, i)) {
+          ADD_FAILURE() << "position " << p << " was computed with the adapter " << slot.adapter;
+        }
         history.push_back(slot.token);
       }
+      // Another adapter, another model: as if its digest stood before all tokens.
+      if (const std::string& adapter = adapter_of(in, i); !adapter.empty())
+        history.insert(history.begin(), 1000 + adapter.front());
       for (; row < in.sample_rows.size() &&
              in.sample_rows[row] < s.token_begin + s.token_count;
            ++row) {
         const int32_t length =
             s.context - s.token_count + in.sample_rows[row] - s.token_begin + 1;
         if (logits == nullptr) continue;
-        history_logits(std::span<const int32_t>(history).first(static_cast<size_t>(length)),
+        const size_t before = adapter_of(in, i).empty() ? 0 : 1;
+        history_logits(std::span<const int32_t>(history).first(before + static_cast<size_t>(length)),
                        logits + static_cast<int64_t>(row) * kHistoryVocab);
       }
     }
     if (on_forward) on_forward(in, logits);
   }
+
+  // The adapter's path stands for its files.
+  class NamedAdapter final : public models::Adapter {
+   public:
+    explicit NamedAdapter(const std::string& path) : Adapter(path) {}
+  };
+  [[nodiscard]] std::unique_ptr<models::Adapter> read_adapter(const std::string& path) const override {
+    if (path == unreadable) throw Error(Code::kNotFound, path + " is not there");
+    return std::make_unique<NamedAdapter>(path + other_files);
+  }
+  void set_adapter(int64_t slot, std::unique_ptr<models::Adapter> adapter) override {
+    adapters_.resize(std::max(adapters_.size(), static_cast<size_t>(slot) + 1));
+    adapters_[static_cast<size_t>(slot)] = std::move(adapter);
+  }
+
+  // Set before they are used:
+  std::string unreadable = "missing";  // no adapter can be read from there
+  std::string other_files;             // these of every adapter are not those of other ranks
 
   // After the logits are written.
   std::function<void(const models::StepInputs&, float*)> on_forward;
@@ -80,11 +113,23 @@ class HistoryModel final : public models::Model {
   struct Slot {
     int32_t token = -1;
     int32_t position = -1;
+    std::string adapter;  // that it was computed with
   };
+  [[nodiscard]] std::string adapter_of(const models::StepInputs& in, size_t sequence) const {
+    const int32_t slot = in.adapters.empty() ? -1 : in.adapters[sequence];
+    if (slot < 0) return "";
+    if (slot >= static_cast<int32_t>(adapters_.size()) || adapters_[static_cast<size_t>(slot)] == nullptr) {
+      ADD_FAILURE() << "the slot " << slot << " holds no adapter";
+      return "";
+    }
+    return adapters_[static_cast<size_t>(slot)]->digest();
+  }
+
   int64_t block_size_;
   models::ModelInfo info_;
   models::LoadStats stats_;
   std::vector<Slot> slots_;
+  std::vector<std::unique_ptr<models::Adapter>> adapters_;
 };
 
 }  // namespace phalanx::engine

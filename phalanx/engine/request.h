@@ -52,6 +52,7 @@ struct GenerateRequest {
   SamplingParams sampling;
   int32_t priority = 5;              // 1 (first) to 5; a lower one waits for all higher ones, and rises as
                                      // it waits (EngineOptions::ageing_seconds)
+  std::string adapter;               // name of a LoRA adapter (Engine::load_adapter); empty: the base
   std::string client;                // whose turn it counts as; clients of one priority take turns
 };
 
@@ -101,6 +102,7 @@ enum class SubmitResult {
   kBadToken,        // an id outside the vocabulary
   kBadParameter,    // an empty prompt, or a sampling value outside its range
   kDuplicateId,
+  kUnknownAdapter,  // no adapter of that name may be used (any more)
   kStopped,         // draining, stopped or failed
 };
 

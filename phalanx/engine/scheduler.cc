@@ -271,7 +271,7 @@ void Scheduler::write(StepPlanWriter& writer, Sequence& s) {
     drafted_.assign({s.tokens.back()});
     drafted_.insert(drafted_.end(), s.draft.begin(), s.draft.end());
     writer.add_scored_sequence(drafted_, context, s.blocks,
-                               static_cast<int32_t>(options_.block_size), s.tag);
+                               static_cast<int32_t>(options_.block_size), s.tag, s.adapter);
     rows_.push_back({&s, s.computed, s.planned});
     return;
   }
@@ -279,12 +279,12 @@ void Scheduler::write(StepPlanWriter& writer, Sequence& s) {
                           .subspan(static_cast<size_t>(s.computed), static_cast<size_t>(s.planned));
   const auto block_size = static_cast<int32_t>(options_.block_size);
   if (s.to_score() && s.computed >= s.scored) {
-    writer.add_scored_sequence(tokens, context, s.blocks, block_size, s.tag);
+    writer.add_scored_sequence(tokens, context, s.blocks, block_size, s.tag, s.adapter);
     rows_.push_back({&s, s.computed, s.planned});
     return;
   }
   const bool sample = context == s.length();
-  writer.add_sequence(tokens, context, s.blocks, block_size, sample, s.tag);
+  writer.add_sequence(tokens, context, s.blocks, block_size, sample, s.tag, s.adapter);
   if (sample) rows_.push_back({&s, context - 1, 1});
 }
 

@@ -39,7 +39,9 @@ struct Sequence {
   int64_t queue_ns = 0;             // from submission to the first step
 
   std::vector<int32_t> blocks;      // capacity for the longest this can get
-  uint64_t salt = 0;                // differs where equal tokens have other keys and values
+  uint64_t salt = 0;                // differs where equal tokens have other keys and values: the
+                                    // number of its adapter, 0: none
+  int32_t adapter = -1;             // slot of it, -1: none
   bool reuse_prefix = true;         // false: every position has to be computed
   int32_t cached_tokens = 0;        // of the prompt, found computed when it began first
   uint64_t place = 0;               // of the last published block in the pool

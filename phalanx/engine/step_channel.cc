@@ -142,8 +142,13 @@ struct Area {
                                          logits_area_bytes(limits)),
             static_cast<size_t>(limits.ranks)};
   }
+  [[nodiscard]] std::span<AdapterReport> adapter_reports() const {
+    return {reinterpret_cast<AdapterReport*>(traces().data() + limits.ranks),
+            limits.max_adapters > 0 ? static_cast<size_t>(limits.ranks) : 0};
+  }
   [[nodiscard]] std::byte* order() const {
-    return reinterpret_cast<std::byte*>(traces().data() + traces().size());
+    return reinterpret_cast<std::byte*>(traces().data() + traces().size()) +
+           adapter_reports().size_bytes();
   }
   [[nodiscard]] std::span<int32_t> guesses() const {
     return {reinterpret_cast<int32_t*>(order() + order_area_bytes(limits)),
@@ -169,7 +174,8 @@ struct Area {
 int64_t step_channel_bytes(const StepLimits& limits) {
   return kControlBytes + plan_area_bytes(limits) + logits_area_bytes(limits) +
          limits.ranks * static_cast<int64_t>(sizeof(RankTrace)) + order_area_bytes(limits) +
-         guess_count(limits) * static_cast<int64_t>(sizeof(int32_t));
+         guess_count(limits) * static_cast<int64_t>(sizeof(int32_t)) +
+         (limits.max_adapters > 0 ? limits.ranks * static_cast<int64_t>(sizeof(AdapterReport)) : 0);
 }
 
 UniqueFd create_step_channel(const StepLimits& limits) {
@@ -277,6 +283,10 @@ std::span<const RankTrace> StepChannelHead::traces() const { return state_->area
 
 std::span<const int32_t> StepChannelHead::guesses() const { return state_->area.guesses(); }
 
+std::span<const AdapterReport> StepChannelHead::adapter_reports() const {
+  return state_->area.adapter_reports();
+}
+
 void StepChannelHead::abort(const std::string& reason) noexcept { state_->area.abort(reason); }
 
 // --- Rank 0 ----------------------------------------------------------------------------------
@@ -325,6 +335,10 @@ std::span<int32_t> StepChannelRank::guesses() { return state_->area.guesses(); }
 float* StepChannelRank::logits() { return state_->area.logits(); }
 
 std::span<RankTrace> StepChannelRank::traces() { return state_->area.traces(); }
+
+std::span<AdapterReport> StepChannelRank::adapter_reports() {
+  return state_->area.adapter_reports();
+}
 
 void StepChannelRank::publish(uint64_t generation, uint64_t step, const StepTiming& timing) {
   Control& c = state_->area.control();

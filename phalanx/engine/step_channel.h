@@ -52,6 +52,8 @@ class StepChannelHead {
   // behind them is left over. Valid until the next send. Written by another process: ids may be
   // anything.
   [[nodiscard]] std::span<const int32_t> guesses() const;
+  // Of a plan with AdapterAct::kSettle that was waited for, one per rank, as traces().
+  [[nodiscard]] std::span<const AdapterReport> adapter_reports() const;
   void abort(const std::string& reason) noexcept;
 
  private:
@@ -72,6 +74,7 @@ class StepChannelRank {
   [[nodiscard]] std::span<int32_t> guesses();  // [max_rows]; empty without a draft model
   [[nodiscard]] float* logits();  // [max_rows, vocab_size], 64-aligned
   [[nodiscard]] std::span<RankTrace> traces();  // one per rank; before publish()
+  [[nodiscard]] std::span<AdapterReport> adapter_reports();  // the same
   void publish(uint64_t generation, uint64_t step, const StepTiming& timing);
   // Tells the head; the first message counts.
   void fail(const std::string& message) noexcept;

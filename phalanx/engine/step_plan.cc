@@ -25,10 +25,12 @@ void StepPlanWriter::begin(StepKind kind, uint64_t generation, uint64_t step, ui
   rows_.clear();
   blocks_.clear();
   sequences_.clear();
+  order_.clear();
 }
 
 void StepPlanWriter::add(std::span<const int32_t> tokens, int32_t context,
-                         std::span<const int32_t> block_table, int32_t block_size, uint32_t tag) {
+                         std::span<const int32_t> block_table, int32_t block_size, uint32_t tag,
+                         int32_t adapter) {
   const auto count = static_cast<int32_t>(tokens.size());
   const int32_t used_blocks = (context + block_size - 1) / block_size;
   PHALANX_CHECK(count > 0 && count <= context);
@@ -38,7 +40,8 @@ void StepPlanWriter::add(std::span<const int32_t> tokens, int32_t context,
                         .context = context,
                         .block_begin = static_cast<int32_t>(blocks_.size()),
                         .block_count = used_blocks,
-                        .tag = tag});
+                        .tag = tag,
+                        .adapter = adapter});
   tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
   for (int32_t p = context - count; p < context; ++p) {
     positions_.push_back(p);
@@ -50,17 +53,27 @@ void StepPlanWriter::add(std::span<const int32_t> tokens, int32_t context,
 
 void StepPlanWriter::add_sequence(std::span<const int32_t> tokens, int32_t context,
                                   std::span<const int32_t> block_table, int32_t block_size,
-                                  bool sample, uint32_t tag) {
-  add(tokens, context, block_table, block_size, tag);
+                                  bool sample, uint32_t tag, int32_t adapter) {
+  add(tokens, context, block_table, block_size, tag, adapter);
   if (sample) rows_.push_back(static_cast<int32_t>(tokens_.size()) - 1);
 }
 
 void StepPlanWriter::add_scored_sequence(std::span<const int32_t> tokens, int32_t context,
                                          std::span<const int32_t> block_table, int32_t block_size,
-                                         uint32_t tag) {
+                                         uint32_t tag, int32_t adapter) {
   const auto first = static_cast<int32_t>(tokens_.size());
-  add(tokens, context, block_table, block_size, tag);
+  add(tokens, context, block_table, block_size, tag, adapter);
   for (auto row = first; row < static_cast<int32_t>(tokens_.size()); ++row) rows_.push_back(row);
+}
+
+void StepPlanWriter::set_order(AdapterAct act, uint32_t slot, std::string_view path) {
+  PHALANX_CHECK(header_.kind == StepKind::kAdapter && path.size() <= kMostAdapterPath &&
+                path.empty() == (act != AdapterAct::kRead));
+  const AdapterOrder order{
+      .act = act, .slot = slot, .path_bytes = static_cast<uint32_t>(path.size())};
+  order_.assign(sizeof(order) + (path.size() + 3) / 4 * 4, std::byte{0});
+  std::memcpy(order_.data(), &order, sizeof(order));
+  std::memcpy(order_.data() + sizeof(order), path.data(), path.size());
 }
 
 std::span<const std::byte> StepPlanWriter::finish() {
@@ -71,7 +84,7 @@ std::span<const std::byte> StepPlanWriter::finish() {
   header_.num_blocks = static_cast<uint32_t>(blocks_.size());
   const size_t bytes = sizeof(header_) + bytes_of(tokens_) + bytes_of(positions_) +
                        bytes_of(slots_) + bytes_of(sequences_) + bytes_of(rows_) +
-                       bytes_of(blocks_);
+                       bytes_of(blocks_) + order_.size();
   header_.bytes = static_cast<uint32_t>(bytes);
   buffer_.resize(bytes);
   std::byte* at = buffer_.data();
@@ -86,6 +99,7 @@ std::span<const std::byte> StepPlanWriter::finish() {
   put(sequences_.data(), bytes_of(sequences_));
   put(rows_.data(), bytes_of(rows_));
   put(blocks_.data(), bytes_of(blocks_));
+  put(order_.data(), order_.size());
   return buffer_;
 }
 
@@ -97,9 +111,11 @@ int64_t StepLimits::max_block_ids() const {
 }
 
 int64_t StepLimits::max_plan_bytes() const {
-  return static_cast<int64_t>(sizeof(StepPlanHeader)) + 3 * 4 * max_tokens +
-         static_cast<int64_t>(sizeof(PlannedSequence)) * max_sequences() + 4 * max_rows +
-         4 * max_block_ids();
+  const int64_t compute = static_cast<int64_t>(sizeof(StepPlanHeader)) + 3 * 4 * max_tokens +
+                          static_cast<int64_t>(sizeof(PlannedSequence)) * max_sequences() +
+                          4 * max_rows + 4 * max_block_ids();
+  const auto order = static_cast<int64_t>(sizeof(StepPlanHeader) + sizeof(AdapterOrder));
+  return max_adapters > 0 ? std::max(compute, order + kMostAdapterPath) : compute;
 }
 
 namespace {
@@ -135,6 +151,9 @@ void StepPlanView::decode(std::span<const std::byte> buffer, const StepLimits& l
     inputs_ = {};
     sequences_ = {};
     slices_.clear();
+    adapters_.clear();
+    order_ = {};
+    order_path_ = {};
     throw;
   }
 }
@@ -151,7 +170,7 @@ void StepPlanView::decode_body(std::span<const std::byte> buffer, const StepLimi
   std::memcpy(&header, buffer.data(), sizeof(header));
   expect_equal("magic", header.magic, kStepPlanMagic);
   expect_equal("version", header.version, kStepPlanVersion);
-  expect_range("kind", static_cast<int64_t>(header.kind), 1, 3);
+  expect_range("kind", static_cast<int64_t>(header.kind), 1, limits.max_adapters > 0 ? 4 : 3);
   const bool compute = header.kind == StepKind::kCompute;
   expect_range("flags", header.flags, 0, compute ? kTraceStep : 0);
   expect_range("num_tokens", header.num_tokens, compute ? 1 : 0, compute ? limits.max_tokens : 0);
@@ -164,6 +183,14 @@ void StepPlanView::decode_body(std::span<const std::byte> buffer, const StepLimi
   const int64_t bytes = static_cast<int64_t>(sizeof(header)) + 3 * 4 * int64_t{header.num_tokens} +
                         static_cast<int64_t>(sizeof(PlannedSequence)) * header.num_sequences +
                         4 * int64_t{header.num_rows} + 4 * int64_t{header.num_blocks};
+  if (header.kind == StepKind::kAdapter) {
+    expect_equal("bytes", header.bytes, static_cast<int64_t>(buffer.size()));
+    decode_order(buffer.subspan(sizeof(header)), limits);
+    header_ = header;
+    inputs_ = {};
+    sequences_ = {};
+    return;
+  }
   expect_equal("bytes", header.bytes, bytes);
   expect_equal("length of the buffer", static_cast<int64_t>(buffer.size()), bytes);
 
@@ -179,6 +206,8 @@ void StepPlanView::decode_body(std::span<const std::byte> buffer, const StepLimi
   for (const int32_t token : tokens) expect_range("token id", token, 0, limits.vocab_size - 1);
 
   slices_.clear();
+  adapters_.clear();
+  bool adapted = false;
   int64_t next_token = 0;
   int64_t next_block = 0;
   for (const PlannedSequence& s : sequences) {
@@ -196,6 +225,9 @@ void StepPlanView::decode_body(std::span<const std::byte> buffer, const StepLimi
       const int64_t block = blocks[static_cast<size_t>(next_block + position / limits.block_size)];
       expect_equal("slot", slots[t], block * limits.block_size + position % limits.block_size);
     }
+    expect_range("adapter", s.adapter, -1, limits.max_adapters - 1);
+    adapters_.push_back(s.adapter);
+    adapted |= s.adapter >= 0;
     slices_.push_back({.token_begin = s.token_begin,
                        .token_count = s.token_count,
                        .context = s.context,
@@ -216,7 +248,25 @@ void StepPlanView::decode_body(std::span<const std::byte> buffer, const StepLimi
              .positions = positions,
              .slots = slots,
              .sequences = slices_,
-             .sample_rows = rows};
+             .sample_rows = rows,
+             .adapters = adapted ? std::span<const int32_t>(adapters_) : std::span<const int32_t>()};
+}
+
+void StepPlanView::decode_order(std::span<const std::byte> body, const StepLimits& limits) {
+  if (body.size() < sizeof(AdapterOrder))
+    refuse("length of the order", static_cast<int64_t>(body.size()),
+           fmt::format("at least {}", sizeof(AdapterOrder)));
+  AdapterOrder order;
+  std::memcpy(&order, body.data(), sizeof(order));
+  expect_range("act", static_cast<int64_t>(order.act), 1, 3);
+  expect_range("slot", order.slot, 0, limits.max_adapters - 1);
+  expect_equal("reserved", order.reserved, 0);
+  const bool read = order.act == AdapterAct::kRead;
+  expect_range("path_bytes", order.path_bytes, read ? 1 : 0, read ? kMostAdapterPath : 0);
+  expect_equal("length of the order", static_cast<int64_t>(body.size()),
+               static_cast<int64_t>(sizeof(order)) + (int64_t{order.path_bytes} + 3) / 4 * 4);
+  order_ = order;
+  order_path_ = {reinterpret_cast<const char*>(body.data()) + sizeof(order), order.path_bytes};
 }
 
 }  // namespace phalanx::engine

@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "phalanx/engine/adapter_order.h"
 #include "phalanx/models/model.h"
 
 namespace phalanx::engine {
@@ -12,7 +13,7 @@ namespace phalanx::engine {
 // The one message of the step path: a flat, versioned, little-endian buffer. The head writes it,
 // rank 0 forwards it verbatim, every rank decodes and checks it. Layout: docs/wire.md.
 inline constexpr uint32_t kStepPlanMagic = 0x4c505850;  // "PXPL"
-inline constexpr uint16_t kStepPlanVersion = 2;
+inline constexpr uint16_t kStepPlanVersion = 3;
 // Of `flags`: the ranks gather when they did what, behind the step.
 inline constexpr uint32_t kTraceStep = 1;
 
@@ -20,6 +21,7 @@ enum class StepKind : uint16_t {
   kCompute = 1,
   kIdle = 2,      // nothing to do; keeps links checked
   kStop = 3,      // leave the loop cleanly
+  kAdapter = 4,   // an AdapterOrder
 };
 
 struct StepPlanHeader {
@@ -44,8 +46,9 @@ struct PlannedSequence {
   int32_t block_begin = 0;       // into the block ids
   int32_t block_count = 0;
   uint32_t tag = 0;              // the request's number in order of admission; names logits files
+  int32_t adapter = -1;          // slot of its LoRA adapter, -1: none
 };
-static_assert(sizeof(StepPlanHeader) == 48 && sizeof(PlannedSequence) == 24);
+static_assert(sizeof(StepPlanHeader) == 48 && sizeof(PlannedSequence) == 28);
 
 // Builds plans in one reused buffer (no allocation once grown).
 class StepPlanWriter {
@@ -54,19 +57,22 @@ class StepPlanWriter {
   // tokens at positions [context - tokens.size(), context); sample: logits of the last one wanted.
   void add_sequence(std::span<const int32_t> tokens, int32_t context,
                     std::span<const int32_t> block_table, int32_t block_size, bool sample,
-                    uint32_t tag = 0);
+                    uint32_t tag = 0, int32_t adapter = -1);
   // As add_sequence, but the logits of every token are wanted.
   void add_scored_sequence(std::span<const int32_t> tokens, int32_t context,
                            std::span<const int32_t> block_table, int32_t block_size,
-                           uint32_t tag = 0);
+                           uint32_t tag = 0, int32_t adapter = -1);
+  // With StepKind::kAdapter, instead of sequences. path: with kRead.
+  void set_order(AdapterAct act, uint32_t slot, std::string_view path = {});
   // Valid until the next begin().
   [[nodiscard]] std::span<const std::byte> finish();
 
  private:
   void add(std::span<const int32_t> tokens, int32_t context, std::span<const int32_t> block_table,
-           int32_t block_size, uint32_t tag);
+           int32_t block_size, uint32_t tag, int32_t adapter);
 
   StepPlanHeader header_;
+  std::vector<std::byte> order_;
   std::vector<int32_t> tokens_, positions_, slots_, rows_, blocks_;
   std::vector<PlannedSequence> sequences_;
   std::vector<std::byte> buffer_;
@@ -82,6 +88,7 @@ struct StepLimits {
   int64_t vocab_size = 0;
   int64_t ranks = 1;
   int64_t draft_sequences = 0;  // that a draft model guesses for in one step; 0: there is none
+  int64_t max_adapters = 0;
   // Each has a block of its own, where its newest token goes.
   [[nodiscard]] int64_t max_sequences() const;
   // Ids in all block tables together; sequences may share blocks.
@@ -98,14 +105,21 @@ class StepPlanView {
   [[nodiscard]] const StepPlanHeader& header() const { return header_; }
   [[nodiscard]] const models::StepInputs& inputs() const { return inputs_; }
   [[nodiscard]] std::span<const PlannedSequence> sequences() const { return sequences_; }
+  // With StepKind::kAdapter.
+  [[nodiscard]] const AdapterOrder& order() const { return order_; }
+  [[nodiscard]] std::string_view order_path() const { return order_path_; }
 
  private:
+  void decode_order(std::span<const std::byte> body, const StepLimits& limits);
   void decode_body(std::span<const std::byte> buffer, const StepLimits& limits);
 
   StepPlanHeader header_;
   models::StepInputs inputs_;
   std::span<const PlannedSequence> sequences_;
   std::vector<ops::SequenceSlice> slices_;
+  std::vector<int32_t> adapters_;
+  AdapterOrder order_;
+  std::string_view order_path_;
 };
 
 }  // namespace phalanx::engine

@@ -19,7 +19,8 @@ TEST(StepPlanFuzz, ReadOrRefused) {
                                .max_sequence = 40,
                                .blocks = 32,
                                .block_size = 4,
-                               .vocab_size = 100};
+                               .vocab_size = 100,
+                               .max_adapters = 2};
   StepPlanWriter writer;
   std::vector<std::string> seeds;
   for (int sequences = 0; sequences < 4; ++sequences) {
@@ -27,11 +28,15 @@ TEST(StepPlanFuzz, ReadOrRefused) {
     for (int i = 0; i < sequences; ++i) {
       const std::vector<int32_t> tokens(static_cast<size_t>(i) * 3 + 1, 10 + i);
       const std::vector<int32_t> blocks{i, i + 8, i + 16};
-      writer.add_sequence(tokens, 9 + i, blocks, 4, i != 1, 40u + static_cast<uint32_t>(i));
+      writer.add_sequence(tokens, 9 + i, blocks, 4, i != 1, 40u + static_cast<uint32_t>(i), i - 1);
     }
     const auto bytes = writer.finish();
     seeds.emplace_back(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   }
+  writer.begin(StepKind::kAdapter, 7, 3);
+  writer.set_order(AdapterAct::kRead, 1, "/adapters/a");
+  const auto order = writer.finish();
+  seeds.emplace_back(reinterpret_cast<const char*>(order.data()), order.size());
   int64_t read = 0;
   const int64_t tried = fuzz(seeds, [&](const std::string& text, int64_t number) {
     SCOPED_TRACE(number);
@@ -46,6 +51,11 @@ TEST(StepPlanFuzz, ReadOrRefused) {
       return;
     }
     ++read;
+    for (const int32_t adapter : view.inputs().adapters) ASSERT_LT(adapter, kLimits.max_adapters);
+    if (view.header().kind == StepKind::kAdapter) {
+      ASSERT_LT(view.order().slot, kLimits.max_adapters);
+      ASSERT_LE(sizeof(StepPlanHeader) + sizeof(AdapterOrder) + view.order_path().size(), text.size());
+    }
     for (const int32_t token : view.inputs().tokens) {
       ASSERT_GE(token, 0);
       ASSERT_LT(token, kLimits.vocab_size);

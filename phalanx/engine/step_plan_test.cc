@@ -53,7 +53,7 @@ std::vector<std::byte> with_word(std::vector<std::byte> plan, size_t offset, uin
 
 TEST(StepPlan, WhatIsWrittenIsRead) {
   const auto plan = two_sequences();
-  EXPECT_EQ(plan.size(), 48u + 6 * 12 + 2 * 24 + 4 + 5 * 4);
+  EXPECT_EQ(plan.size(), 48u + 6 * 12 + 2 * 28 + 4 + 5 * 4);
   EXPECT_LE(static_cast<int64_t>(plan.size()), kLimits.max_plan_bytes());
   StepPlanView view;
   view.decode(plan, kLimits);
@@ -105,15 +105,15 @@ TEST(StepPlan, IdleAndStopAreEmpty) {
 TEST(StepPlan, RefusalsNameTheField) {
   const auto plan = two_sequences();
   const size_t tokens = 48, positions = tokens + 24, slots = positions + 24, seqs = slots + 24,
-               rows = seqs + 48, blocks = rows + 4;
+               rows = seqs + 56, blocks = rows + 4;
   const auto expect = [&](size_t offset, uint32_t value, const char* text) {
     const std::string message = refusal(with_word(plan, offset, value));
     EXPECT_NE(message.find(text), std::string::npos) << message << "\nexpected: " << text;
   };
   expect(0, 1, "magic is 1, expected 1280333904");
-  expect(4, 1 | 1 << 16, "version is 1, expected 2");
-  expect(4, 2 | 9 << 16, "kind is 9, expected 1 to 3");
-  expect(24, 12, "bytes is 12, expected 192");
+  expect(4, 1 | 1 << 16, "version is 1, expected 3");
+  expect(4, 3 | 9 << 16, "kind is 9, expected 1 to 3");
+  expect(24, 12, "bytes is 12, expected 200");
   expect(28, 65, "num_tokens is 65, expected 1 to 64");
   expect(32, 7, "num_sequences is 7, expected 1 to 6");
   expect(36, 0xffffffffu, "num_rows is 4294967295, expected 0 to 6");
@@ -130,13 +130,60 @@ TEST(StepPlan, RefusalsNameTheField) {
   expect(seqs + 8, 4, "context is 4");
   expect(seqs + 12, 1, "block_begin is 1, expected 0");
   expect(seqs + 16, 3, "block_count is 3, expected 2");
+  expect(seqs + 24, 0, "adapter is 0, expected -1 to -1");
   expect(rows, 6, "sample row is 6, expected 0 to 5");
   expect(blocks, 32, "block id is 32, expected 0 to 31");
   expect(blocks, 0xffffffffu, "block id is -1");
   auto shorter = plan;
   shorter.pop_back();
-  EXPECT_NE(refusal(shorter).find("length of the buffer is 191, expected 192"), std::string::npos);
+  EXPECT_NE(refusal(shorter).find("length of the buffer is 199, expected 200"), std::string::npos);
   EXPECT_NE(refusal({}).find("length of the buffer is 0"), std::string::npos);
+}
+
+TEST(StepPlan, AdaptersOfSequencesAndOrders) {
+  StepLimits limits = kLimits;
+  limits.max_adapters = 3;
+  StepPlanWriter writer;
+  writer.begin(StepKind::kCompute, 1, 1);
+  const std::vector<int32_t> tokens{1, 2};
+  const std::vector<int32_t> blocks{2};
+  writer.add_sequence(tokens, 2, blocks, 4, true);
+  writer.add_sequence(tokens, 2, blocks, 4, true, 0, 2);
+  StepPlanView view;
+  const auto compute = writer.finish();
+  const std::vector<std::byte> plan(compute.begin(), compute.end());
+  view.decode(plan, limits);
+  EXPECT_EQ(std::vector<int32_t>(view.inputs().adapters.begin(), view.inputs().adapters.end()),
+            (std::vector<int32_t>{-1, 2}));
+  EXPECT_NE(refusal(plan).find("adapter is 2, expected -1 to -1"), std::string::npos);
+
+  writer.begin(StepKind::kAdapter, 1, 2);
+  writer.set_order(AdapterAct::kRead, 1, "/a/b/c");
+  const auto order = writer.finish();
+  std::vector<std::byte> bytes(order.begin(), order.end());
+  EXPECT_EQ(bytes.size(), 48u + 16 + 8);
+  EXPECT_LE(static_cast<int64_t>(48 + 16 + kMostAdapterPath), limits.max_plan_bytes());
+  view.decode(bytes, limits);
+  EXPECT_EQ(view.order().act, AdapterAct::kRead);
+  EXPECT_EQ(view.order().slot, 1u);
+  EXPECT_EQ(view.order_path(), "/a/b/c");
+  const auto refused = [&](size_t offset, uint32_t value) -> std::string {
+    const auto damaged = with_word(bytes, offset, value);
+    try {
+      view.decode(damaged, limits);
+    } catch (const Error& error) {
+      EXPECT_TRUE(view.order_path().empty());
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_EQ(refused(48, 4), "step plan: act is 4, expected 1 to 3");
+  EXPECT_EQ(refused(52, 3), "step plan: slot is 3, expected 0 to 2");
+  EXPECT_EQ(refused(56, 0), "step plan: path_bytes is 0, expected 1 to 4096");
+  EXPECT_EQ(refused(56, 9), "step plan: length of the order is 24, expected 28");
+  EXPECT_EQ(refused(48, 2), "step plan: path_bytes is 6, expected 0 to 0");
+  EXPECT_EQ(refused(60, 1), "step plan: reserved is 1, expected 0");
+  EXPECT_NE(refusal(bytes).find("kind is 4, expected 1 to 3"), std::string::npos);
 }
 
 TEST(StepPlan, AnUnalignedBufferIsRefused) {

@@ -9,6 +9,7 @@
 
 #include "phalanx/base/check.h"
 #include "phalanx/base/error.h"
+#include "phalanx/engine/adapter_order.h"
 #include "phalanx/engine/logits_log.h"
 
 namespace phalanx::engine {
@@ -24,7 +25,8 @@ class Worker {
         group_(group),
         channel_(channel),
         page_(page),
-        drafter_(drafter) {
+        drafter_(drafter),
+        adapters_(model) {
     PHALANX_CHECK((channel != nullptr) == (group.rank() == 0));
     PHALANX_CHECK(drafter == nullptr || channel != nullptr);
     buffer_.resize(static_cast<size_t>(
@@ -59,6 +61,7 @@ class Worker {
       model_.forward(plan_.inputs(), logits);
       if (log_) log_->append(plan_, logits);
     }
+    if (header.kind == StepKind::kAdapter) follow_order();
     const StepTiming timing = count();
     if (traced) gather_traces(timing);
     if (channel_ != nullptr) channel_->publish(header.generation, header.step, timing);
@@ -144,6 +147,26 @@ class Worker {
             .draft_ns = draft_ns_};
   }
 
+  void follow_order() {
+    const AdapterOrder& order = plan_.order();
+    switch (order.act) {
+      case AdapterAct::kRead:
+        return adapters_.begin(order.slot, std::string(plan_.order_path()));
+      case AdapterAct::kDrop:
+        return adapters_.drop(order.slot);
+      case AdapterAct::kSettle:
+        break;
+    }
+    reports_.resize(static_cast<size_t>(group_.size()));
+    reports_[static_cast<size_t>(group_.rank())] = adapters_.report();
+    const std::vector<int64_t> bytes(reports_.size(), sizeof(AdapterReport));
+    group_.all_gather(reinterpret_cast<std::byte*>(reports_.data()), 1, bytes);
+    adapters_.settle(reports_);
+    if (channel_ == nullptr) return;
+    const std::span<AdapterReport> out = channel_->adapter_reports();
+    std::copy_n(reports_.begin(), std::min(reports_.size(), out.size()), out.begin());
+  }
+
   void gather_traces(const StepTiming& timing) {
     group_.stop();
     const auto ticks = [](int64_t ns) {
@@ -186,6 +209,8 @@ class Worker {
   std::vector<std::byte> buffer_;
   StepPlanView plan_;
   std::vector<RankTrace> traces_;  // of the last traced step, by rank
+  AdapterLoader adapters_;
+  std::vector<AdapterReport> reports_;  // of the last order to settle, by rank
   uint64_t last_step_ = 0;
   int64_t begin_ns_ = 0;
   int64_t draft_ns_ = 0;           // of this step

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <iterator>
 #include <map>
 #include <thread>
@@ -25,7 +26,8 @@ constexpr StepLimits kLimits{.max_tokens = 600,
                              .blocks = 200,
                              .block_size = 8,
                              .vocab_size = kHistoryVocab,
-                             .ranks = 3};
+                             .ranks = 3,
+                             .max_adapters = 2};
 
 EngineOptions engine_options() {
   return {.vocab_size = kHistoryVocab,
@@ -38,6 +40,8 @@ EngineOptions engine_options() {
           .max_batch = kLimits.max_rows,
           .max_output_tokens = 100,
           .max_step_tokens = kLimits.max_tokens,
+          .max_adapters = kLimits.max_adapters,
+          .rank_places = {"rank 0 (node A)", "rank 1 (node B)"},
           .generation = kGeneration,
           .step_seconds = 20};
 }
@@ -191,6 +195,61 @@ TEST(Worker, TokensAndLogitsFilesAreTheSameForAnyRanksAndBatch) {
     }
   }
   std::filesystem::remove_all(base);
+}
+
+// The answer to a load; nullopt: it may be used.
+std::optional<Error> load(Engine& engine, const std::string& name, const std::string& path) {
+  std::promise<std::optional<Error>> answer;
+  engine.load_adapter(name, path, [&](const std::optional<Error>& error) { answer.set_value(error); });
+  auto future = answer.get_future();
+  EXPECT_EQ(future.wait_for(std::chrono::seconds(20)), std::future_status::ready);
+  return future.get();
+}
+
+TEST(Worker, AdaptersAreTakenByAllRanksOrByNone) {
+  Ranks ranks({0, 1, 1});
+  ranks.start([](comm::Group& group, HistoryModel& model) {
+    if (group.rank() != 1) return;
+    model.unreadable = "only/on/others";
+    model.on_forward = [&group](const models::StepInputs&, float*) { group.barrier(); };
+  });
+  {
+    ChannelExecutor executor(ranks.head);
+    Engine engine(engine_options(), executor);
+    EXPECT_FALSE(load(engine, "one", "/adapters/one"));
+    const auto refused = load(engine, "two", "only/on/others");
+    ASSERT_TRUE(refused);
+    EXPECT_STREQ(refused->what(), "rank 1 (node B): only/on/others is not there");
+    GenerateRequest request = request_of(0, 20, 8);
+    request.adapter = "one";
+    const auto sink = std::make_shared<Answer>();
+    ASSERT_EQ(engine.submit(request, sink, nullptr), SubmitResult::kAccepted);
+    engine.unload_adapter("one");
+    EXPECT_TRUE(engine.drain(Deadline::in_seconds(20)));
+    EXPECT_EQ(sink->last.finish, FinishReason::kLength);
+    EXPECT_EQ(sink->tokens.size(), 8u);
+  }
+  ranks.head.abort("done");
+  ranks.join();
+}
+
+TEST(Worker, AdaptersWhoseFilesDifferAreRefused) {
+  Ranks ranks({0, 1, 1});
+  ranks.start([](comm::Group& group, HistoryModel& model) {
+    if (group.rank() == 1) model.other_files = "-old";
+  });
+  {
+    ChannelExecutor executor(ranks.head);
+    Engine engine(engine_options(), executor);
+    const auto refused = load(engine, "one", "/adapters/one");
+    ASSERT_TRUE(refused);
+    const std::string text = refused->what();
+    EXPECT_NE(text.find("the adapter's files differ between nodes"), std::string::npos) << text;
+    EXPECT_NE(text.find("at rank 1 (node B), expected"), std::string::npos) << text;
+    EXPECT_TRUE(engine.adapters().empty());
+  }
+  ranks.head.abort("done");
+  ranks.join();
 }
 
 TEST(Worker, TracedStepsTellWhenEveryRankDidWhat) {
