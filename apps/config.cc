@@ -13,6 +13,7 @@
 #include <set>
 
 #include "apps/certs_layout.h"
+#include "apps/config_adapters.h"
 #include "apps/config_environment.h"
 #include "apps/config_file.h"
 #include "apps/config_plugins.h"
@@ -405,6 +406,9 @@ std::string fingerprint(const std::vector<std::pair<std::string, std::string>>& 
 std::vector<std::pair<std::string, std::string>> shared_settings(const NodeConfig& config) {
   const ModelConfig& model = config.model;
   const ScheduleConfig& schedule = config.schedule;
+  std::string modules;
+  for (const LoraModule& module : model.lora_modules)
+    modules += fmt::format("{}{}={}", modules.empty() ? "" : ", ", module.name, module.path);
   return {
       {"modelName", model.name},
       {"maxSeqLen", std::to_string(model.max_sequence)},
@@ -413,6 +417,9 @@ std::vector<std::pair<std::string, std::string>> shared_settings(const NodeConfi
       {"npuMemSize", std::to_string(model.npu_mem_gb)},
       {"kvCacheDtype", std::string(models::kv_dtype_name(model.kv))},
       {"moe_ep", std::to_string(model.moe_ep)},
+      {"maxLoras", std::to_string(model.max_loras)},
+      {"maxLoraRank", std::to_string(model.max_lora_rank)},
+      {"LoraModules", modules},
       {"cacheBlockSize", std::to_string(schedule.cache_block_size)},
       {"maxPrefillBatchSize", std::to_string(schedule.max_prefill_batch)},
       {"maxPrefillTokens", std::to_string(schedule.max_prefill_tokens)},
@@ -492,6 +499,10 @@ NodeConfig examine_node_config(const ServeArguments& arguments, const Environmen
        .max_json_depth = config.server.max_json_depth},
       problems, warnings);
   if (!from_file) size_by_model(facts, config);
+  read_adapter_arguments(arguments, config.model, problems);
+  complete_adapters(config.model,
+                    from_file && variable(environment, "MINDIE_CHECK_INPUTFILES_PERMISSION") != "0",
+                    problems);
 
   const std::string table_path = rank_table_path(environment, config);
   if (config.backend.multi_nodes)

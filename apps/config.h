@@ -46,6 +46,12 @@ struct BackendConfig {
   std::vector<std::vector<int>> device_ids;
 };
 
+// A LoRA adapter that is loaded at the start.
+struct LoraModule {
+  std::string name, path;
+  std::string where;  // of the setting, for messages
+};
+
 struct ModelConfig {
   std::string name, weight_path;
   int64_t max_sequence = 2560, max_input_tokens = 2048;
@@ -59,6 +65,10 @@ struct ModelConfig {
   std::vector<std::string> aliases;  // other names that requests may use
   int64_t moe_ep = 1;  // runs of neighbouring ranks that hold whole experts
   models::KvDtype kv = models::KvDtype::kCheckpoint;
+  int64_t max_loras = 0;      // LoRA adapters at once; 0: those of lora_modules
+  int64_t max_lora_rank = 0;  // 0: the highest of lora_modules, and at least 16 with max_loras
+  bool lora_modules_named = false;  // LoraModules or --lora-modules, even if empty
+  std::vector<LoraModule> lora_modules;
 };
 
 struct ScheduleConfig {
@@ -124,6 +134,8 @@ struct ServeArguments {
   std::string speculative_config;                // --speculative-config JSON
   std::string draft_model;                       // --draft-model DIR
   int64_t draft_tokens = 0;                      // --draft-tokens K; 0: 5
+  std::vector<std::string> lora_modules;         // --lora-modules
+  std::optional<int64_t> max_loras, max_lora_rank;
   std::optional<models::KvDtype> kv;             // --kv-dtype; before config.json's
 };
 

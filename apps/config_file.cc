@@ -8,6 +8,7 @@
 #include <regex>
 #include <set>
 
+#include "apps/config_adapters.h"
 #include "apps/config_plugins.h"
 #include "apps/config_section.h"
 #include "apps/config_security.h"
@@ -257,7 +258,7 @@ void read_model_deploy(const json& object, Reading& reading) {
                       section.where("truncation"), truncation->type_name()));
     }
   }
-  section.without_effect({"speculationGamma", "maxLoras", "maxLoraRank", "LoraModules"});
+  section.without_effect({"speculationGamma"});
   if (const json* models = section.array("ModelConfig", Need::kMandatory)) {
     if (models->size() != 1)
       section.problem("ModelConfig", "wrong number of entries",
@@ -271,6 +272,7 @@ void read_model_deploy(const json& object, Reading& reading) {
                         "write {...}");
     }
   }
+  read_adapter_keys(section, model);
   section.finish();
 }
 

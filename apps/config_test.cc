@@ -338,6 +338,66 @@ TEST_P(MistakeTest, IsNamedOnOneLine) {
 INSTANTIATE_TEST_SUITE_P(All, MistakeTest, ::testing::ValuesIn(mistakes()),
                          [](const auto& info) { return std::string(info.param.name); });
 
+TEST_F(ConfigTest, LoraModulesOfTheFileTheWeightsAndTheCommandLine) {
+  fs::create_directories(folder_ / "a");
+  fs::create_directories(folder_ / "b");
+  const std::string a = (folder_ / "a").string();
+  const std::string b = (folder_ / "b").string();
+  // Beside the weights, where the key is absent.
+  write("weights/lora_adapter.json", json{{"sql", a}}.dump());
+  NodeConfig config = load();
+  ASSERT_EQ(config.model.lora_modules.size(), 1u);
+  EXPECT_EQ(config.model.lora_modules[0].name, "sql");
+  EXPECT_EQ(config.model.lora_modules[0].path, a);
+  EXPECT_EQ(config.model.max_loras, 0);
+  const std::string digest = config.digest;
+
+  deploy()["maxLoras"] = 4;
+  deploy()["maxLoraRank"] = 32;
+  deploy()["LoraModules"] = json::array({{{"name", "b"}, {"path", b}, {"baseModelName", "demo"}}});
+  config = load();
+  ASSERT_EQ(config.model.lora_modules.size(), 1u);
+  EXPECT_EQ(config.model.lora_modules[0].name, "b");
+  EXPECT_EQ(config.model.max_loras, 4);
+  EXPECT_EQ(config.model.max_lora_rank, 32);
+  EXPECT_NE(config.digest, digest);  // all nodes must share it
+
+  arguments_.lora_modules = {"c=" + a, R"({"name":"d","path":")" + b + "\"}"};
+  arguments_.max_loras = 2;
+  config = load();
+  ASSERT_EQ(config.model.lora_modules.size(), 2u);
+  EXPECT_EQ(config.model.lora_modules[0].name, "c");
+  EXPECT_EQ(config.model.lora_modules[1].path, b);
+  EXPECT_EQ(config.model.max_loras, 2);
+}
+
+TEST_F(ConfigTest, LoraMistakesAreNamed) {
+  fs::create_directories(folder_ / "a");
+  const std::string a = (folder_ / "a").string();
+  deploy()["maxLoras"] = 2;
+  deploy()["LoraModules"] = json::array({{{"name", "one"}, {"path", a}, {"baseModelName", "other"}},
+                                         {{"name", "two"}},
+                                         {{"name", "demo"}, {"path", a}},
+                                         {{"name", "-x"}, {"path", a}},
+                                         {{"name", "gone"}, {"path", a + "/nowhere"}}});
+  const std::string text = refusal();
+  for (const char* part :
+       {"Lora base model not found. Please check. Lora name is one", "found baseModelName \"other\"",
+        "not a LoRA module", "name used twice", "not a name of an adapter",
+        "no directory of the LoRA adapter 'gone'", "more LoRA adapters than may be loaded"})
+    EXPECT_TRUE(contains(text, part)) << part << "\n" << text;
+  deploy()["LoraModules"] = "one";
+  deploy()["maxLoraRank"] = 5000;
+  EXPECT_TRUE(contains(refusal(), "ModelDeployConfig.LoraModules"));
+  EXPECT_TRUE(contains(refusal(), "ModelDeployConfig.maxLoraRank"));
+  deploy().erase("LoraModules");
+  deploy().erase("maxLoraRank");
+  write("weights/lora_adapter.json", "[1]");
+  EXPECT_TRUE(contains(refusal(), "lora_adapter.json: expected an object"));
+  arguments_.lora_modules = {"nopath"};
+  EXPECT_TRUE(contains(refusal(), "found \"nopath\", expected name=path"));
+}
+
 TEST_F(ConfigTest, TenMistakesAreReportedTogether) {
   int planted = 0;
   std::vector<const char*> expected;

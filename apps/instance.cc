@@ -129,6 +129,15 @@ struct Instance::State {
     return config.table.servers[static_cast<size_t>(config.own_server)].address();
   }
 
+  [[nodiscard]] std::vector<std::string> rank_places() const {
+    std::vector<std::string> places;
+    for (int rank = 0; rank < config.table.world_size; ++rank) {
+      const auto server = static_cast<size_t>(config.table.server_of_rank(rank));
+      places.push_back(fmt::format("rank {} (node {})", rank, config.table.servers[server].address()));
+    }
+    return places;
+  }
+
   void start_engine() {
     const ScheduleConfig& s = config.schedule;
     attachment = std::make_unique<Attachment>(node.channel());
@@ -156,6 +165,8 @@ struct Instance::State {
                               .draft_least = config.plugins.lookup_least,
                               .draft_batch = plan.draft ? plan.draft->sequences
                                                         : engine::EngineOptions{}.draft_batch,
+                              .max_adapters = plan.adapters.slots,
+                              .rank_places = rank_places(),
                               .generation = node.generation(),
                               .recover = config.recover,
                               .idle_plan_seconds = kIdlePlanSeconds},
@@ -219,6 +230,7 @@ struct Instance::State {
         start_engine();
       }
       if (!opened) {
+        load_adapters(*engine, plan.adapters);
         warm_up();
         if (head) head->open(*engine);
         opened = true;
@@ -579,6 +591,10 @@ std::string Instance::status_json() const {
               {"draft_tokens", e.draft_tokens},
               {"accepted_draft_tokens", e.accepted_draft_tokens}};
   }
+  json adapters = json::array();
+  if (s.engine && is_master())
+    for (const auto& adapter : s.engine->adapters())
+      adapters.push_back({{"name", adapter.name}, {"path", adapter.path}});
   json failure = nullptr;
   if (const auto found = view().failure) failure = found->what();
   json recovery;
@@ -602,6 +618,7 @@ std::string Instance::status_json() const {
               {"nodes", nodes},
               {"ranks", ranks},
               {"engine", engine},
+              {"adapters", adapters},
               {"failure", failure}}
       .dump();
 }

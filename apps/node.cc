@@ -51,6 +51,8 @@ models::ModelOptions model_options(const NodeConfig& config, const NodePlan& pla
           .weights = plan.weights,
           .moe_ep = config.model.moe_ep,
           .rank = rank,
+          .max_adapters = plan.adapters.slots,
+          .max_adapter_rank = plan.adapters.max_rank,
           .threads = plan.threads_per_rank};
 }
 
@@ -61,6 +63,7 @@ models::ModelOptions draft_options(const NodeConfig& config, const NodePlan& pla
   options.max_step_rows = plan.draft->sequences;
   options.weights = {1.0};
   options.moe_ep = 1;
+  options.max_adapters = options.max_adapter_rank = 0;  // what it guesses is checked
   return options;
 }
 
@@ -90,7 +93,7 @@ void divide_memory(const NodeConfig& config, const HostResources& host, int shar
   int64_t fixed = 0;
   int64_t block = 0;
   for (const models::MemoryNeed& need : plan.needs) {
-    fixed += need.weight_bytes + need.workspace_bytes;
+    fixed += need.weight_bytes + need.workspace_bytes + need.adapter_bytes;
     block = std::max(block, need.kv_bytes_per_block);
   }
   const auto local = static_cast<int64_t>(plan.local_ranks.size());
@@ -106,7 +109,8 @@ void divide_memory(const NodeConfig& config, const HostResources& host, int shar
     throw Error(
         Code::kResourceExhausted,
         fmt::format(
-            "not enough memory for {}: this node's {} rank{} need {} for weights and workspace and "
+            "not enough memory for {}: this node's {} rank{} need {} for weights, workspace and "
+            "LoRA adapters and "
             "at least {} each for {}, found {} ({} of {} by {}, times NPU_MEMORY_FRACTION {:.2f}). "
             "Fix: use more nodes or ranks on other machines, lower maxSeqLen, maxPrefillTokens or "
             "npuMemSize, or raise NPU_MEMORY_FRACTION",
@@ -130,6 +134,7 @@ NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
   NodePlan plan;
   plan.info = models::read_model_info(config.model.weight_path);
   models::check_checkpoint(config.model.weight_path);
+  plan.adapters = plan_adapters(config.model, plan.info);
   for (int rank = 0; rank < config.table.world_size; ++rank)
     plan.weights.push_back(config.table.device_of_rank(rank).weight);
   plan.layout = models::plan_layout(plan.info, plan.weights, config.model.moe_ep);
@@ -220,6 +225,8 @@ cluster::JoinFacts join_facts(const NodeConfig& config, const NodePlan& plan) {
                 {"generation_config.json", file_digest(dir + "/generation_config.json")},
                 {"tokenizer.json", file_digest(dir + "/tokenizer.json")},
                 {"weights", weights_digest(dir)}});
+  for (const AdapterPlan::Module& module : plan.adapters.modules)
+    facts.emplace_back(fmt::format("LoRA adapter {}", module.name), module.digest.substr(0, 16));
   return facts;
 }
 

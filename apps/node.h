@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "apps/adapters.h"
 #include "apps/config.h"
 #include "apps/cores.h"
 #include "apps/host.h"
@@ -40,6 +41,7 @@ struct NodePlan {
   int64_t kv_bytes_per_rank = 0;               // what remains for each local rank's KV cache
   int threads_per_rank = 1;
   CorePlan cores;                              // of all local ranks
+  AdapterPlan adapters;
 };
 
 // Reads the model's config.json, verifies the weight files' headers, cuts the model and divides the

@@ -16,7 +16,8 @@ engine::StepLimits RankSpec::limits(int64_t blocks) const {
           .block_size = model.block_size,
           .vocab_size = vocab_size,
           .ranks = std::ssize(model.weights),
-          .draft_sequences = draft ? draft->max_step_rows : 0};
+          .draft_sequences = draft ? draft->max_step_rows : 0,
+          .max_adapters = model.max_adapters};
 }
 
 namespace {
@@ -31,7 +32,9 @@ json to_json(const models::ModelOptions& m) {
           {"kv", static_cast<int>(m.kv)},
           {"weights", m.weights},
           {"moe_ep", m.moe_ep},
-          {"rank", m.rank}};
+          {"rank", m.rank},
+          {"max_adapters", m.max_adapters},
+          {"max_adapter_rank", m.max_adapter_rank}};
 }
 
 models::ModelOptions model_options_from_json(const json& j, int threads) {
@@ -45,6 +48,8 @@ models::ModelOptions model_options_from_json(const json& j, int threads) {
           .weights = j.at("weights").get<std::vector<double>>(),
           .moe_ep = j.at("moe_ep").get<int64_t>(),
           .rank = j.at("rank").get<int>(),
+          .max_adapters = j.at("max_adapters").get<int64_t>(),
+          .max_adapter_rank = j.at("max_adapter_rank").get<int64_t>(),
           .threads = threads};
 }
 

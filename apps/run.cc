@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "apps/config_adapters.h"
 #include "apps/config_file.h"
 #include "apps/config_log.h"
 #include "apps/generation_defaults.h"
@@ -92,9 +93,9 @@ void add_options(CLI::App& app, RunArguments& a) {
   for (const char* name : {"dp", "sp", "cp", "pp", "microbatch_size"})
     app.add_option("--" + std::string(name), a.other_parallel[name], "only -1 or 1");
   for (auto& [name, value] : a.other_parallel) value = -1;
-  app.add_option("--lora_modules", a.lora_modules);
-  app.add_option("--max_loras", a.max_loras);
-  app.add_option("--max_lora_rank", a.max_lora_rank);
+  app.add_option("--lora_modules", a.lora_modules, "LoRA adapters as JSON: {\"name\": \"path\"}; --input_dict names them");
+  app.add_option("--max_loras", a.max_loras, "adapters at once (those of --lora_modules)")->check(CLI::Range(0, 1024));
+  app.add_option("--max_lora_rank", a.max_lora_rank, "highest rank of an adapter (that of --lora_modules)")->check(CLI::Range(0, 1024));
   app.add_flag("--distributed_enable", a.distributed_enable, "accepted, without effect");
   add_kv_option(app, a.kv);
   app.add_option("--certs", a.certs, "folder that 'phalanx certs init' filled: TLS between nodes");
@@ -234,6 +235,30 @@ void protect_traffic(const RunArguments& a, const Environment& environment, Node
     config.warnings.push_back(to_string(warning));
 }
 
+// --lora_modules: {"name": "path", ...}.
+void read_adapters(const RunArguments& a, ModelConfig& model, Problems& problems) {
+  model.max_loras = a.max_loras;
+  model.max_lora_rank = a.max_lora_rank;
+  if (!a.lora_modules.empty()) {
+    model.lora_modules_named = true;
+    try {
+      const json modules = parse_json(a.lora_modules, "--lora_modules", 4);
+      if (!modules.is_object())
+        throw Error(Code::kInvalidArgument, "--lora_modules: expected {\"name\": \"path\", ...}");
+      for (const auto& [name, path] : modules.items()) {
+        if (!path.is_string())
+          throw Error(Code::kInvalidArgument,
+                      fmt::format("--lora_modules: {}: found {}, expected a path", name, path.dump()));
+        model.lora_modules.push_back(
+            {.name = name, .path = path.get<std::string>(), .where = "--lora_modules"});
+      }
+    } catch (const Error& error) {
+      problems.add({.what = error.what(), .where = "--lora_modules"});
+    }
+  }
+  complete_adapters(model, false, problems);
+}
+
 NodeConfig make_config(const RunArguments& a, const Environment& environment) {
   Problems problems;
   NodeConfig config;
@@ -277,9 +302,7 @@ NodeConfig make_config(const RunArguments& a, const Environment& environment) {
   if (a.is_embedding_model)
     problems.add({.what = "embedding models are not supported", .where = "--is_embedding_model",
                   .fix = "leave it out"});
-  if (!a.lora_modules.empty() || a.max_loras > 0 || a.max_lora_rank > 0)
-    problems.add({.what = "LoRA is not supported by this version", .where = "--lora_modules",
-                  .fix = "leave --lora_modules, --max_loras and --max_lora_rank out"});
+  read_adapters(a, config.model, problems);
   for (const auto& [name, value] : a.other_parallel)
     if (value != -1 && value != 1)
       problems.add({.what = "this kind of parallelism is not supported", .where = "--" + name,
@@ -340,6 +363,7 @@ class Prompts {
                       fmt::format("--input_dict: found {}, expected an object with a text \"prompt\"",
                                   entry.dump()));
         add_text(entry["prompt"].get<std::string>());
+        adapters.push_back(adapter_of(entry));
       }
     } else if (!a.input_ids.empty()) {
       for (const std::string& ids : a.input_ids) prompts.push_back(parse_ids(ids));
@@ -359,10 +383,22 @@ class Prompts {
       for (const std::string& text : a.input_texts) add_text(text_or_file(text));
     }
     if (prompts.empty()) throw Error(Code::kInvalidArgument, "there is no prompt to run");
+    adapters.resize(prompts.size());
   }
   std::vector<std::vector<int32_t>> prompts;
+  std::vector<std::string> adapters;  // of each; empty: the base model
 
  private:
+  static std::string adapter_of(const json& entry) {
+    const auto at = entry.find("adapter");
+    if (at == entry.end() || at->is_null() || *at == "base" || *at == "None") return "";
+    if (!at->is_string())
+      throw Error(Code::kInvalidArgument,
+                  fmt::format("--input_dict: adapter: found {}, expected a name of --lora_modules, or "
+                              "\"base\"",
+                              at->dump()));
+    return at->get<std::string>();
+  }
   void add_text(const std::string& text) {
     if (tokenizer_ == nullptr)
       throw Error(Code::kInvalidArgument, "--load_tokenizer False needs --input_ids");
@@ -428,6 +464,15 @@ int run_main(int argc, char** argv) {
       engine::GenerateRequest request{.id = fmt::format("run-{}", i), .prompt = prompt};
       request.sampling.temperature = 0;
       request.sampling.max_tokens = static_cast<int32_t>(arguments.max_output_length);
+      request.adapter = prompts.adapters[i];
+      const auto& modules = config.model.lora_modules;
+      if (!request.adapter.empty() &&
+          std::none_of(modules.begin(), modules.end(),
+                       [&](const LoraModule& m) { return m.name == request.adapter; }))
+        throw Error(Code::kInvalidArgument,
+                    fmt::format("--input_dict: adapter: found \"{}\", expected a name of "
+                                "--lora_modules, or \"base\"",
+                                request.adapter));
       if (!arguments.ignore_eos) request.sampling.stop_token_ids = defaults.eos_token_ids;
       requests.push_back(std::move(request));
     }

@@ -31,7 +31,8 @@
 namespace phalanx::apps {
 namespace {
 
-api::ServiceOptions service_options(const NodeConfig& c, const models::ModelInfo& info) {
+api::ServiceOptions service_options(const NodeConfig& c, const NodePlan& plan) {
+  const models::ModelInfo& info = plan.info;
   const auto dtype = [&] {
     switch (info.dtype) {
       case tensor::DType::kBF16: return "bfloat16";
@@ -39,6 +40,12 @@ api::ServiceOptions service_options(const NodeConfig& c, const models::ModelInfo
       default: return "float32";
     }
   };
+  // The whole list of what is wrong; the ranks say the first of it.
+  std::function<void(const std::string&)> check_adapter;
+  if (plan.adapters.slots > 0)
+    check_adapter = [info, rank = plan.adapters.max_rank](const std::string& path) {
+      (void)models::check_adapter(info, path, rank);
+    };
   return {.model_name = c.model.name,
           .model_aliases = c.model.aliases,
           .model_path = c.model.weight_path,
@@ -67,7 +74,8 @@ api::ServiceOptions service_options(const NodeConfig& c, const models::ModelInfo
           .call_format = c.model.tool_call_parser,
           .enable_reasoning = c.model.enable_reasoning,
           .thinks = read_thinking_default(c.model.weight_path),
-          .full_text = c.server.full_text};
+          .full_text = c.server.full_text,
+          .check_adapter = std::move(check_adapter)};
 }
 
 // Certificates of the listeners, or null where there is no TLS.
@@ -132,7 +140,7 @@ class HttpHead final : public Head {
            const api::PlaneTls* inter_node, std::unique_ptr<api::JournalFile> journal)
       : instance_(instance),
         inter_node_(inter_node),
-        options_(service_options(config, plan.info)),
+        options_(service_options(config, plan)),
         tokenizer_(text::Tokenizer::load(config.model.weight_path)),
         chat_template_(text::ChatTemplate::load(config.model.weight_path,
                                                 config.model.chat_template.value_or(""))),
@@ -218,6 +226,11 @@ void show_start(const NodeConfig& config, const NodePlan& plan, const HostResour
   log_info("memory of this node: weights {}, workspace {}, KV cache up to {} per rank, of {} ({})",
            format_bytes(weights), format_bytes(workspace), format_bytes(plan.kv_bytes_per_rank),
            format_bytes(host.memory_bytes), host.memory_source);
+  int64_t adapters = 0;
+  for (const models::MemoryNeed& need : plan.needs) adapters += need.adapter_bytes;
+  if (plan.adapters.slots > 0)
+    log_info("LoRA adapters: up to {} of rank {} or less, {} of memory reserved on this node",
+             plan.adapters.slots, plan.adapters.max_rank, format_bytes(adapters));
 }
 
 // The master's journal, open; null without one, or with a problem added.
@@ -261,6 +274,9 @@ void add_serve_options(CLI::App& app, ServeArguments& arguments) {
   app.add_option("--speculative-config", a.speculative_config, R"(speculation, from the text so far: {"method": "ngram", "num_speculative_tokens": 5}, or by a draft model: {"method": "draft_model", "model": DIR})");
   app.add_option("--draft-model", a.draft_model, "checkpoint directory of a small model with the same tokenizer that guesses tokens (speculation)");
   app.add_option("--draft-tokens", a.draft_tokens, "its guesses per request and step (5)")->check(CLI::Range(int64_t{1}, engine::kMostDraftTokens));
+  app.add_option("--lora-modules", a.lora_modules, "LoRA adapters to load: name=path ...")->expected(1, 1024);
+  app.add_option("--max-loras", a.max_loras, "LoRA adapters at once; 0: those of --lora-modules")->check(CLI::Range(0, 1024));
+  app.add_option("--max-lora-rank", a.max_lora_rank, "highest rank of an adapter; 0: that of --lora-modules, at least 16 with --max-loras")->check(CLI::Range(0, 1024));
   add_kv_option(app, a.kv);
   app.add_option("--certs", a.certs, "folder that 'phalanx certs init' filled (else the install directory)");
   app.add_option("--api-key", a.api_keys, "clients must send one of these keys (Authorization: Bearer); better --api-key-file")

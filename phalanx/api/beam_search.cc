@@ -60,6 +60,7 @@ SubmitResult BeamSearch::submit_step(std::string* detail) {
           std::max(options_.logprobs,
                    2 * options_.width + static_cast<int32_t>(options_.stop_token_ids.size()));
       request.priority = options_.priority;
+      request.adapter = options_.adapter;
       request.client = options_.client;
       requests.push_back(std::move(request));
     }

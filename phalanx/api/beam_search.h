@@ -23,6 +23,7 @@ struct BeamOptions {
   std::vector<int32_t> stop_token_ids;
   int32_t logprobs = -1;             // as in SamplingParams, for the answer
   int32_t priority = 5;
+  std::string adapter;               // as in GenerateRequest
   std::string client;
 };
 

@@ -1,5 +1,6 @@
 #include "phalanx/api/core.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 
@@ -18,12 +19,21 @@ size_t average_window() {
   return size >= 1 && size <= 100000 ? static_cast<size_t>(size) : kUsual;
 }
 
+ServiceOptions with_adapters(ServiceOptions options, std::shared_ptr<EnginePort> engine) {
+  options.knows_adapter = [engine = std::move(engine)](std::string_view name) {
+    const auto adapters = engine->adapters();
+    return std::any_of(adapters.begin(), adapters.end(),
+                       [&](const auto& adapter) { return adapter.name == name; });
+  };
+  return options;
+}
+
 }  // namespace
 
 Core::Core(ServiceOptions service_options, std::shared_ptr<EnginePort> engine_port,
            std::shared_ptr<const TextPort> text_port, std::function<InstanceHealth()> health_call,
            std::function<std::string()> status_call, std::function<void()> stop_call, bool monitored)
-    : options(std::move(service_options)),
+    : options(with_adapters(std::move(service_options), engine_port)),
       engine_owner(std::move(engine_port)),
       engine(*engine_owner),
       text(std::move(text_port)),
@@ -98,6 +108,7 @@ void mount_all(const std::shared_ptr<Core>& core, Server& server) {
   mount_inference(core, server);
   mount_models(core, server);
   mount_management(core, server);
+  mount_adapters(core, server);
   mount_metrics(core, server);
 }
 

@@ -53,6 +53,7 @@ void respond_to_exception(Responder& responder);
 
 void mount_inference(const std::shared_ptr<Core>& core, Server& server);
 void mount_management(const std::shared_ptr<Core>& core, Server& server);
+void mount_adapters(const std::shared_ptr<Core>& core, Server& server);
 void mount_models(const std::shared_ptr<Core>& core, Server& server);
 void mount_metrics(const std::shared_ptr<Core>& core, Server& server);
 // All of them, and the work queue.

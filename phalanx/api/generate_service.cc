@@ -44,6 +44,8 @@ Refusal refusal_of(SubmitResult result, const std::string& detail) {
       return generation_error(kEnqueue + "Invalid Input Ids");
     case SubmitResult::kBadParameter:
       return {.status = 422, .error_type = "Input Validation Error", .error = detail};
+    case SubmitResult::kUnknownAdapter:
+      return not_found(kEnqueue + detail);
     case SubmitResult::kStopped: {
       Refusal refusal =
           incomplete_generation(kEnqueue + "Engine has been stopped. Cannot add request.");
@@ -177,6 +179,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
     if (!spec_.ignore_eos) stop_ids.insert(stop_ids.end(), eos_ids_.begin(), eos_ids_.end());
     if (request.sampling.seed) *request.sampling.seed += i % static_cast<size_t>(spec_.sequences);
     request.priority = spec_.priority;
+    request.adapter = spec_.adapter;
     request.client = spec_.client;
     if (spec_.make_guide) request.sampling.guide = spec_.make_guide();
     if (spec_.sequences > 1) request.sampling.logprobs = std::max(0, request.sampling.logprobs);
@@ -207,6 +210,7 @@ class GenerateService::Generation final : public std::enable_shared_from_this<Ge
                           .stop_token_ids = request.sampling.stop_token_ids,
                           .logprobs = spec_.sampling.logprobs,
                           .priority = spec_.priority,
+                          .adapter = spec_.adapter,
                           .client = spec_.client};
       auto search = std::make_shared<BeamSearch>(
           std::move(options), engine_, work_,

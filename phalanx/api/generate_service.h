@@ -30,6 +30,7 @@ struct GenerateSpec {
   bool ignore_eos = false;
   bool stream = false;                        // how tokenTimeout counts
   std::optional<double> client_timeout_s;     // the request's own limit
+  std::string adapter;                        // name of a LoRA adapter; empty: the base model
   int32_t priority = 5;                       // 1 to 5
   std::string client;                         // who takes turns with others: a key's name or an address
   int beam_width = 0;                         // > 0: beam search; the best `sequences` are returned

@@ -123,6 +123,10 @@ std::vector<std::pair<std::string, std::string>> ignored_headers(
   return {{"X-Phalanx-Ignored", ignored_header(ignored)}};
 }
 
+const std::string& answering_model(const InferenceCall& call, const SamplingFields& fields) {
+  return fields.adapter.empty() ? call.core.options.model_name : fields.adapter;
+}
+
 GenerateSpec spec_of(InferenceCall& call, const SamplingFields& fields) {
   GenerateSpec spec;
   spec.sequences = fields.sequences;
@@ -134,6 +138,7 @@ GenerateSpec spec_of(InferenceCall& call, const SamplingFields& fields) {
   spec.stream = fields.stream;
   spec.client_timeout_s = fields.timeout_s;
   spec.priority = fields.priority;
+  spec.adapter = fields.adapter;
   // A key's name, else the address without the port.
   const HttpRequest& request = call.request;
   spec.client = !request.user.empty() ? request.user : request.peer.substr(0, request.peer.rfind(':'));

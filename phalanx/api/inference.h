@@ -38,6 +38,10 @@ using ErrorShape = std::string (*)(int status, const std::string& error, const s
 [[nodiscard]] std::vector<std::pair<std::string, std::string>> ignored_headers(
     const std::vector<std::string>& ignored);
 
+// What an answer calls the model: the adapter's name, else the model's.
+[[nodiscard]] const std::string& answering_model(const InferenceCall& call,
+                                                 const SamplingFields& fields);
+
 // A generation without prompts; with `fields.grammar` its tokens follow it. Throws Refused for a
 // grammar that cannot be used.
 [[nodiscard]] GenerateSpec spec_of(InferenceCall& call, const SamplingFields& fields);

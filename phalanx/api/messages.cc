@@ -299,7 +299,7 @@ void create(InferenceCall& call) {
   const ChatRequest request = parse_messages(call.request.body, call.core.options, false);
   PreparedChat prepared = prepare_chat(call, request.fields, request.wishes);
   auto answer = std::make_unique<MessageAnswer>(
-      call.responder, request_id(call, "msg_"), call.core.options.model_name, request.fields.stream,
+      call.responder, request_id(call, "msg_"), answering_model(call, request.fields), request.fields.stream,
       std::move(prepared.output), std::ssize(prepared.spec.prompts.front()),
       ignored_headers(request.ignored));
   call.core.generate.start(std::move(prepared.spec), std::move(answer), call.responder);

@@ -28,24 +28,28 @@ void mount_models(const std::shared_ptr<Core>& core, Server& server) {
   server.route(kBusiness, "GET", "/v1/models",
                [core](const HttpRequest&, const std::shared_ptr<Responder>& responder) {
                  auto data = nlohmann::json::array();
-                 const auto add = [&](const std::string& name) {
+                 const auto add = [&](const std::string& name, const std::string& parent,
+                                      const std::string& path) {
                    data.push_back({{"id", name},
                                    {"object", "model"},
                                    {"created", core->started_at},
                                    {"owned_by", kOwner},
-                                   {"parent", "null"},
-                                   {"root", hidden_root(core->options.model_path)},
+                                   {"parent", parent},
+                                   {"root", hidden_root(path)},
                                    {"max_model_len", core->options.max_sequence}});
                  };
-                 add(core->options.model_name);
-                 for (const std::string& name : core->options.model_aliases) add(name);
+                 const ServiceOptions& o = core->options;
+                 add(o.model_name, "null", o.model_path);
+                 for (const std::string& name : o.model_aliases) add(name, "null", o.model_path);
+                 for (const auto& adapter : core->engine.adapters())
+                   add(adapter.name, o.model_name, adapter.path);
                  const nlohmann::json body{{"object", "list"}, {"data", std::move(data)}};
                  responder->respond({.body = body.dump(4, ' ', false, kReplace), .headers = {}});
                });
   server.route(kBusiness, "GET", "/v1/models/*",
                [core](const HttpRequest& request, const std::shared_ptr<Responder>& responder) {
                  const std::string name = request.path.substr(std::string("/v1/models/").size());
-                 if (!core->options.is_model(name))
+                 if (!core->options.is_model(name) && !core->options.is_adapter(name))
                    return responder->respond(
                        to_response(not_found(fmt::format("Model {} not found.", name))));
                  const OrderedJson body{{"id", name},

@@ -15,7 +15,7 @@ AnswerContext context_of(InferenceCall& call, const SamplingFields& fields, size
   context.responder = call.responder;
   context.text = call.core.text;
   context.id = request_id(call);
-  context.model = call.core.options.model_name;
+  context.model = answering_model(call, fields);
   context.created = static_cast<int64_t>(std::time(nullptr));
   context.stream = fields.stream;
   context.include_usage = fields.include_usage;

@@ -30,6 +30,10 @@ class EnginePort {
   // As the engine's.
   [[nodiscard]] virtual bool begin_trace(int64_t steps) = 0;
   [[nodiscard]] virtual std::optional<std::vector<engine::StepTrace>> take_trace(bool now) = 0;
+  virtual void load_adapter(const std::string& name, const std::string& path,
+                            std::function<void(const std::optional<Error>&)> done) = 0;
+  virtual void unload_adapter(const std::string& name) = 0;
+  [[nodiscard]] virtual std::vector<engine::AdapterTable::Named> adapters() const = 0;
 };
 
 // Ids to text as they come: pieces are whole characters.

@@ -334,7 +334,7 @@ void create(InferenceCall& call) {
   ResponseRequest request = parse_response(call.request.body, call.core.options);
   PreparedChat prepared = prepare_chat(call, request.chat.fields, request.chat.wishes);
   auto answer = std::make_unique<ResponseAnswer>(
-      call.responder, request_id(call, "resp_"), call.core.options.model_name,
+      call.responder, request_id(call, "resp_"), answering_model(call, request.chat.fields),
       std::move(request.instructions), request.chat.fields.stream, std::move(prepared.output),
       ignored_headers(request.chat.ignored));
   call.core.generate.start(std::move(prepared.spec), std::move(answer), call.responder);

@@ -240,16 +240,26 @@ void name_without_effect(const FieldValues& values, SamplingFields* out) {
   if (values.number("typical_p").value_or(1) < 1) out->ignored.emplace_back("typical_p");
 }
 
-void check_adapter(const FieldValues& values, const ServiceOptions& options) {
+// The adapter that the request names; empty: the base model.
+std::string read_adapter(Fields& fields, Interface interface, const FieldValues& values,
+                         const ServiceOptions& options) {
+  if ((interface & (kLikeVllm | kMessages | kResponses)) != 0) {
+    const json* model = fields.find("model");  // known, or refused before
+    if (model == nullptr || !model->is_string()) return "";
+    const auto& name = model->get_ref<const std::string&>();
+    return !options.is_model(name) && options.is_adapter(name) ? name : "";
+  }
   const auto adapter = values.string("adapter_id");
-  if (!adapter || *adapter == options.model_name || *adapter == "None") return;
+  if (!adapter || options.is_model(*adapter) || *adapter == "None") return "";
   const bool fits = !adapter->empty() && adapter->size() <= 256 &&
                     std::all_of(adapter->begin(), adapter->end(), [](char c) {
                       return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_' || c == '.' ||
                              c == '/' || c == '-';
                     });
   if (!fits) throw Refused("The format of adapter_id is invalid.");
-  throw Refused(not_found(fmt::format("Adapter {} not found.", *adapter)));
+  if (!options.is_adapter(*adapter))
+    throw Refused(not_found(fmt::format("Adapter {} not found.", *adapter)));
+  return *adapter;
 }
 
 }  // namespace
@@ -288,7 +298,7 @@ SamplingFields read_sampling(Fields& fields, Interface interface, const ServiceO
   if (out.grammar && out.ignore_eos)
     throw Refused("ignore_eos cannot be combined with structured output, which decides where the text "
                   "ends");
-  check_adapter(values, options);
+  out.adapter = read_adapter(fields, interface, values, options);
   name_without_effect(values, &out);
   return out;
 }
@@ -299,7 +309,7 @@ void check_model(Fields& fields, const ServiceOptions& options, const std::strin
   if (!model->is_string()) throw Refused("Request param model must be string");
   const auto& name = model->get_ref<const std::string&>();
   if (name.empty()) throw Refused("Request param model must be not empty");
-  if (!options.is_model(name)) throw Refused(unknown);
+  if (!options.is_model(name) && !options.is_adapter(name)) throw Refused(unknown);
 }
 
 }  // namespace phalanx::api

@@ -30,6 +30,7 @@ struct SamplingFields {
   bool beam_search = false;
   int beam_width = 0;                   // beams followed; best_of, else n
   double length_penalty = 1;            // of beam search
+  std::string adapter;                  // name of a LoRA adapter: `model`, or TGI's adapter_id; empty: none
   int32_t priority = 5;
   std::optional<double> timeout_s;
   bool details = false;                 // kTgi, kNative, kTritonText, kTritonTokens
@@ -46,7 +47,8 @@ struct SamplingFields {
                                            const ServiceOptions& options, std::string_view body,
                                            bool stream = false);
 
-// `model`: present, a string, not empty; `unknown` is the message for another name than ours.
+// `model`: present, a string, not empty; `unknown` is the message for another name than ours and our
+// adapters'.
 void check_model(Fields& fields, const ServiceOptions& options, const std::string& unknown);
 
 }  // namespace phalanx::api

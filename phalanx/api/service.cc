@@ -48,8 +48,27 @@ class RealEngine final : public EnginePort {
     const std::shared_lock lock(mutex_);
     return engine_ != nullptr ? engine_->take_trace(now) : std::nullopt;
   }
+  void load_adapter(const std::string& name, const std::string& path,
+                    std::function<void(const std::optional<Error>&)> done) override {
+    const std::shared_lock lock(mutex_);
+    require_engine();
+    engine_->load_adapter(name, path, std::move(done));
+  }
+  void unload_adapter(const std::string& name) override {
+    const std::shared_lock lock(mutex_);
+    require_engine();
+    engine_->unload_adapter(name);
+  }
+  std::vector<engine::AdapterTable::Named> adapters() const override {
+    const std::shared_lock lock(mutex_);
+    return engine_ != nullptr ? engine_->adapters() : std::vector<engine::AdapterTable::Named>{};
+  }
 
  private:
+  void require_engine() const {
+    if (engine_ == nullptr) throw Error(Code::kUnavailable, "The service has been stopped");
+  }
+
   mutable std::shared_mutex mutex_;
   engine::Engine* engine_;
 };

@@ -53,6 +53,14 @@ struct ServiceOptions {
     return name == model_name ||
            std::find(model_aliases.begin(), model_aliases.end(), name) != model_aliases.end();
   }
+  // Whether a LoRA adapter of that name is loaded. Null: there are none. Set by Core.
+  std::function<bool(std::string_view)> knows_adapter;
+  [[nodiscard]] bool is_adapter(std::string_view name) const {
+    return knows_adapter && knows_adapter(name);
+  }
+  // Throws Error(kInvalidArgument) with all that keeps the adapter at `path` from being loaded. Null:
+  // only the ranks say.
+  std::function<void(const std::string& path)> check_adapter;
 };
 
 // State of the whole instance as the health routes tell it.

@@ -152,6 +152,28 @@ class ScriptEngine final : public EnginePort {
     trace_wanted_ = 0;
     return steps_to_trace;
   }
+  // Adapters are a list; a path with "bad" in it cannot be loaded.
+  void load_adapter(const std::string& name, const std::string& path,
+                    std::function<void(const std::optional<Error>&)> done) override {
+    if (path.find("bad") != std::string::npos)
+      return done(Error(Code::kInvalidArgument, "rank 1: tensor missing"));
+    {
+      const std::lock_guard lock(mutex_);
+      if (std::any_of(adapters_.begin(), adapters_.end(), [&](const auto& a) { return a.name == name; }))
+        throw Error(Code::kAlreadyExists, "the LoRA adapter '" + name + "' is loaded already");
+      adapters_.push_back({name, path});
+    }
+    done(std::nullopt);
+  }
+  void unload_adapter(const std::string& name) override {
+    const std::lock_guard lock(mutex_);
+    if (std::erase_if(adapters_, [&](const auto& a) { return a.name == name; }) == 0)
+      throw Error(Code::kNotFound, "the LoRA adapter '" + name + "' is not loaded");
+  }
+  std::vector<engine::AdapterTable::Named> adapters() const override {
+    const std::lock_guard lock(mutex_);
+    return adapters_;
+  }
   void set_waiting(int64_t waiting) {
     const std::lock_guard lock(mutex_);
     stats_.waiting = waiting;
@@ -181,6 +203,7 @@ class ScriptEngine final : public EnginePort {
   std::vector<engine::StepTrace> steps_to_trace;
 
  private:
+  std::vector<engine::AdapterTable::Named> adapters_;
   struct Running {
     engine::GenerateRequest request;
     std::shared_ptr<engine::EventSink> sink;

@@ -104,7 +104,7 @@ void check_adapter(Fields& fields, const ServiceOptions& options) {
   const int64_t units = utf16_units(name);
   if (units < 1 || units > 256)
     throw Refused("Request param model must have 1 to 256 characters");
-  if (!options.is_model(name) && name != "None")
+  if (!options.is_model(name) && !options.is_adapter(name) && name != "None")
     throw Refused(not_found(fmt::format("Model {} not found.", name)));
 }
 
