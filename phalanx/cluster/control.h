@@ -12,17 +12,23 @@
 // it is lost (a rank or node died, a link broke) every node aborts its data plane and keeps its
 // weights; the master waits for whoever is missing and runs the phases again with the next number.
 // Answers and faults carry their generation; those of another one are dropped.
+//
+// Which server has which ranks is decided for each generation (seating.h). Nodes without ranks are
+// spares: those that the table names, and lost ones that return when another has their ranks. They
+// are connected, take part in no phase, and take over the ranks of a node that stays away.
 
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "phalanx/base/clock.h"
 #include "phalanx/base/error.h"
 #include "phalanx/cluster/rank_table.h"
+#include "phalanx/cluster/seating.h"
 #include "phalanx/comm/bootstrap.h"
 
 namespace phalanx::net {
@@ -31,10 +37,10 @@ class TlsMaterial;
 
 namespace phalanx::cluster {
 
-inline constexpr int kControlVersion = 2;
+inline constexpr int kControlVersion = 3;
 
 enum class NodeState { kAbsent, kJoined, kPreparing, kConnecting, kLoading, kAllocating, kReady,
-                       kServing, kDraining, kStopped, kLost };
+                       kServing, kDraining, kStopped, kLost, kSpare };
 [[nodiscard]] std::string_view node_state_name(NodeState state);
 
 // What must agree between nodes, compared name by name at the join; a mismatch is refused on both
@@ -47,6 +53,7 @@ struct NodeOffer {
   std::vector<std::string> numeric_classes;  // supported, weakest first
   int64_t memory_bytes = 0;
   int cores = 0;
+  double bytes_per_second = 0;  // read from memory by all its cores; 0: not measured
 };
 
 // Two-phase generation data, made by the master.
@@ -55,6 +62,7 @@ struct Generation {
   uint64_t number = 0;        // rises within an incarnation; the first is 1
   std::string numeric_class;  // best one common to all nodes
   comm::Token token{};
+  Seating seats;              // who computes what
 };
 
 struct RankEndpoint {
@@ -92,6 +100,9 @@ class NodeActions {
   // The whole instance is ready: print the success line, open HTTP (master). The master's is called
   // first, the others' when it has returned.
   virtual void serve() = 0;
+  // The instance serves and this node has no ranks in it: what it may still hold of an earlier
+  // generation ends. By the thread of prepare(), any number of times.
+  virtual void stand_by() {}
   [[nodiscard]] virtual std::vector<RankReport> reports() = 0;
   // The instance failed, here or elsewhere, or is stopped while one of the calls above runs: wake
   // everything that waits on the data plane; a running call must then end soon. At most once in a
@@ -114,6 +125,14 @@ struct ControlOptions {
   bool recover = false;                 // form a new generation after a loss (the master's counts)
   double recovery_seconds = 300;        // longest time from a loss to serving again, and longest
                                         // wait of a slave for its master's return
+  // The master's count. How long a lost node may stay away before a spare takes over its ranks; and
+  // whether, when recovery_seconds are over, those that are there go on over fewer ranks.
+  double spare_seconds = 10;
+  bool shrink = false;
+  // Why the nodes with these offers (by server) cannot hold their ranks, or nothing; empty: they
+  // can. Prompt and without calls of this room: it is asked with the lock held.
+  std::function<std::optional<Misfit>(const Seating& seats, const std::vector<NodeOffer>& offers)>
+      misfit;
   double phase_seconds = 3600;          // longest prepare, connect, load, allocate
   // Clocks of two nodes may differ by so much (certificates and logs depend on them); 0: any.
   double clock_seconds = 60;
@@ -132,6 +151,7 @@ struct NodeView {
   std::string last_reason;
   NodeOffer offer;
   std::vector<RankReport> ranks;
+  bool spare = false;                   // has no ranks in the present generation
 };
 
 // The master's end. Also drives the master's own NodeActions.
@@ -143,7 +163,8 @@ class Coordinator {
   // Waits for all nodes, then runs the phases on all of them. Returns when every node has
   // confirmed serve(). Throws Error naming node and phase, after telling every node; kCancelled
   // after stop(). With `recover` a node or rank lost on the way is waited for, and after a loss
-  // that on_loss() told, start() is called again and forms the next generation.
+  // that on_loss() told, start() is called again and forms the next generation: with a spare in the
+  // place of a node that stays away, or with fewer ranks (`shrink`). Spares are not waited for.
   void start();
   // Called once in a generation, from a thread of its own, when the instance is lost after start()
   // returned: a node's stream ended, its heartbeats stopped, or a rank died. All nodes have been
@@ -161,6 +182,8 @@ class Coordinator {
   // Tells every node that the instance failed (they exit non-zero).
   void fail(const Error& error, Deadline deadline);
   [[nodiscard]] std::vector<NodeView> nodes() const;
+  // Of the present generation; the table's before the first.
+  [[nodiscard]] Seating seats() const;
 
  private:
   struct State;

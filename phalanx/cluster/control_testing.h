@@ -36,7 +36,7 @@ class FakeNode final : public NodeActions {
     act("prepare");
     this->generation = generation;
     std::vector<RankEndpoint> endpoints;
-    for (const int rank : ranks_)
+    for (const int rank : server < 0 ? ranks_ : ranks_of(generation.seats, server))
       endpoints.push_back({rank, "127.0.0.1", static_cast<uint16_t>(2000 + rank)});
     return endpoints;
   }
@@ -53,6 +53,7 @@ class FakeNode final : public NodeActions {
     allocated = blocks;
   }
   void serve() override { act("serve"); }
+  void stand_by() override { act("stand_by"); }
   std::vector<RankReport> reports() override {
     std::vector<RankReport> result;
     for (const int rank : ranks_)
@@ -82,6 +83,7 @@ class FakeNode final : public NodeActions {
     return aborts;
   }
 
+  int server = -1;  // in the table; its ranks are then those of the generation
   Generation generation;
   std::vector<comm::Member> members;
   int64_t kv_blocks = 100;
@@ -261,6 +263,7 @@ class Control : public ::testing::Test {
       table_.servers.push_back(server);
       fakes_.push_back(std::make_unique<FakeNode>(ranks));
       fakes_.back()->kv_blocks = 100 - i;
+      fakes_.back()->server = i;
     }
     slaves_.resize(static_cast<size_t>(count));
   }

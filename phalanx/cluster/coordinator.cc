@@ -60,8 +60,10 @@ void Coordinator::State::begin_generation(std::unique_lock<std::mutex>& lock) {
   phase_deadline.reset();
   stage = Stage::kJoining;
   for (size_t i = 0; i < nodes.size(); ++i) {
-    const bool here = nodes[i].stream != 0 || static_cast<int>(i) == options.own_server;
-    nodes[i].state = here ? NodeState::kJoined : NodeState::kAbsent;
+    const int server = static_cast<int>(i);
+    nodes[i].state = !here(server)  ? NodeState::kAbsent
+                     : seated(server) ? NodeState::kJoined
+                                      : NodeState::kSpare;
   }
 }
 
@@ -75,8 +77,8 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
   };
   const Node& master = nodes[static_cast<size_t>(options.own_server)];
   add(master);
-  for (const Node& node : nodes) {
-    if (&node != &master) add(node);
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (&nodes[i] != &master && seated(static_cast<int>(i))) add(nodes[i]);
   }
   if (generation.number == 0) {  // later nodes must offer the class of the first generation
     try {
@@ -85,6 +87,8 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
       fault(options.own_server, e.code(), e.what(), false);
       throw_if_over(lock);
     }
+    refuse_other_classes();
+    decide_seats(lock);
   }
   ++generation.number;
   generation.token = comm::random_token();
@@ -93,6 +97,11 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
   FromMaster prepare;
   prepare.mutable_prepare()->set_numeric_class(generation.numeric_class);
   prepare.mutable_prepare()->set_token(generation.token.data(), generation.token.size());
+  for (const Seat& seat : generation.seats) {
+    auto* s = prepare.mutable_prepare()->add_seats();
+    s->set_server(seat.server);
+    s->set_weight(seat.weight);
+  }
   std::vector<RankEndpoint> endpoints;
   run_phase(lock, {.name = "prepare", .state = NodeState::kPreparing}, prepare,
             [&, present = generation] { endpoints = local.prepare(present); });
@@ -125,15 +134,17 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
             [&] { own_load = local.load(); });
   nodes[static_cast<size_t>(options.own_server)].load = own_load;
 
-  const auto smallest =
-      std::min_element(nodes.begin(), nodes.end(), [](const Node& a, const Node& b) {
-        return a.load.kv_blocks < b.load.kv_blocks;
-      });
-  const int64_t blocks = smallest->load.kv_blocks;
+  int smallest = options.own_server;
+  for (const Seat& seat : generation.seats) {
+    if (nodes[static_cast<size_t>(seat.server)].load.kv_blocks <
+        nodes[static_cast<size_t>(smallest)].load.kv_blocks)
+      smallest = seat.server;
+  }
+  const int64_t blocks = nodes[static_cast<size_t>(smallest)].load.kv_blocks;
   if (blocks < 1) {
-    fault(static_cast<int>(smallest - nodes.begin()), Code::kResourceExhausted,
-          fmt::format("{} has memory for {} KV blocks, expected at least 1", smallest->name,
-                      blocks),
+    fault(smallest, Code::kResourceExhausted,
+          fmt::format("{} has memory for {} KV blocks, expected at least 1",
+                      nodes[static_cast<size_t>(smallest)].name, blocks),
           false);
     throw_if_over(lock);
   }
@@ -141,13 +152,21 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
   allocate.mutable_allocate()->set_kv_blocks(blocks);
   run_phase(lock, {.name = "allocate", .state = NodeState::kAllocating}, allocate,
             [&] { local.allocate(blocks); });
-  for (Node& node : nodes) node.state = NodeState::kReady;
+  for (const Seat& seat : generation.seats)
+    nodes[static_cast<size_t>(seat.server)].state = NodeState::kReady;
 
   FromMaster serve;
   serve.mutable_serve();
   run_phase(lock, {.name = "serve", .state = NodeState::kServing, .local_first = true}, serve,
             [&] { local.serve(); });
   stage = Stage::kServing;
+  proven_seats = generation.seats;
+  FromMaster standby;
+  standby.mutable_standby();
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (nodes[i].stream != 0 && !seated(static_cast<int>(i)))
+      server->send(nodes[i].stream, standby);
+  }
 }
 
 void Coordinator::State::wait_for_all(std::unique_lock<std::mutex>& lock) {
@@ -155,11 +174,23 @@ void Coordinator::State::wait_for_all(std::unique_lock<std::mutex>& lock) {
   const auto begin = Clock::now();
   next_notice = Deadline::in_seconds(std::min(1.0, options.notice_seconds)).when();
   const auto all_here = [&] {
-    return std::all_of(nodes.begin(), nodes.end(),
-                       [](const Node& node) { return node.state != NodeState::kAbsent; });
+    return std::all_of(generation.seats.begin(), generation.seats.end(),
+                       [&](const Seat& seat) { return here(seat.server); });
   };
-  const auto ready = [&] { return all_here() || stage != Stage::kJoining || failure; };
-  const bool in_time = cv.wait_until(lock, give_up, ready);
+  bool in_time = false;
+  for (;;) {
+    in_time = cv.wait_until(lock, std::min(give_up, next_take_over()), [&] {
+      return all_here() || stage != Stage::kJoining || failure || take_over_due();
+    });
+    if (take_over_due() && !all_here() && stage == Stage::kJoining && !failure) {
+      take_over();
+    } else if (in_time) {
+      break;
+    } else if (Clock::now() >= give_up) {
+      if (!options.shrink || generation.number == 0 || !shrink()) break;
+      give_up = Deadline::in_seconds(options.recovery_seconds).when();
+    }
+  }
   waiting = false;
   if (!in_time) {
     const std::chrono::duration<double> waited = Clock::now() - begin;
@@ -179,11 +210,11 @@ void Coordinator::State::run_phase(std::unique_lock<std::mutex>& lock, const Pha
   phase_since = Clock::now();
   phase_deadline = Deadline::in_seconds(options.phase_seconds).when();
   next_notice = Deadline::in_seconds(options.notice_seconds).when();
-  for (Node& node : nodes) {
-    node.done = false;
-    if (!what.local_first) node.state = what.state;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    nodes[i].done = !seated(static_cast<int>(i));
+    if (!nodes[i].done && !what.local_first) nodes[i].state = what.state;
   }
-  if (!what.local_first) send_all(message);
+  if (!what.local_first) send_seated(message);
   lock.unlock();
   std::optional<Error> error;
   try {
@@ -203,7 +234,7 @@ void Coordinator::State::run_phase(std::unique_lock<std::mutex>& lock, const Pha
     phase_done(options.own_server, phase);
     if (what.local_first && !failure && stage == Stage::kPhases) {
       nodes[static_cast<size_t>(options.own_server)].state = what.state;
-      send_all(message);
+      send_seated(message);
     }
   }
   cv.wait(lock, [&] {  // ends by the phase deadline, which the ticker keeps
@@ -214,7 +245,8 @@ void Coordinator::State::run_phase(std::unique_lock<std::mutex>& lock, const Pha
   throw_if_over(lock);
   phase.clear();
   if (what.local_first) {
-    for (Node& node : nodes) node.state = what.state;
+    for (const Seat& seat : generation.seats)
+      nodes[static_cast<size_t>(seat.server)].state = what.state;
   }
 }
 
@@ -224,8 +256,8 @@ void Coordinator::State::throw_if_over(std::unique_lock<std::mutex>& lock) {
     cv.wait_until(lock, settles, [&] { return stage == Stage::kEnding; });
     const Code code = failure->code;
     const std::string text = failure->full_text();
-    if (stage != Stage::kEnding && options.recover && failure->recoverable &&
-        Clock::now() < give_up)
+    if (stage != Stage::kEnding && options.recover && Clock::now() < give_up &&
+        (failure->recoverable || give_back(failure->server, text)))
       throw Lost{text};
     end(lock, failure_message(code, text), Deadline::in_seconds(2));
     throw Error(code, text);
@@ -244,15 +276,14 @@ std::string Coordinator::State::Failure::full_text() const {
 }
 
 std::vector<comm::Member> Coordinator::State::members() const {
-  std::vector<comm::Member> all(static_cast<size_t>(options.table.world_size));
+  std::vector<comm::Member> all(generation.seats.size());
   for (size_t i = 0; i < nodes.size(); ++i) {
+    if (!seated(static_cast<int>(i))) continue;
     const Node& node = nodes[i];
-    const auto& devices = options.table.servers[i].devices;
+    const std::vector<int> ranks = ranks_of(generation.seats, static_cast<int>(i));
     std::vector<bool> seen(all.size());
     for (const RankEndpoint& endpoint : node.endpoints) {
-      const bool own = std::any_of(devices.begin(), devices.end(), [&](const Device& device) {
-        return device.rank_id == endpoint.rank;
-      });
+      const bool own = std::find(ranks.begin(), ranks.end(), endpoint.rank) != ranks.end();
       if (!own || seen[static_cast<size_t>(endpoint.rank)])
         throw Error(Code::kInternal, fmt::format("{} gave an endpoint for rank {}, which is not "
                                                  "one of its ranks or was given twice",
@@ -264,9 +295,9 @@ std::vector<comm::Member> Coordinator::State::members() const {
                                                  .data_address = endpoint.address,
                                                  .data_port = endpoint.port};
     }
-    if (node.endpoints.size() != devices.size())
+    if (node.endpoints.size() != ranks.size())
       throw Error(Code::kInternal, fmt::format("{} gave {} endpoints for its {} ranks", node.name,
-                                               node.endpoints.size(), devices.size()));
+                                               node.endpoints.size(), ranks.size()));
   }
   return all;
 }
@@ -345,9 +376,15 @@ std::vector<NodeView> Coordinator::nodes() const {
          .verdict = node.verdict,
          .last_reason = node.reason,
          .offer = node.offer,
-         .ranks = is_own ? std::move(own) : node.ranks});
+         .ranks = is_own ? std::move(own) : node.ranks,
+         .spare = !state_->seated(static_cast<int>(i))});
   }
   return views;
+}
+
+Seating Coordinator::seats() const {
+  const std::lock_guard lock(state_->mutex);
+  return state_->generation.seats;
 }
 
 std::string_view node_state_name(NodeState state) {
@@ -363,6 +400,7 @@ std::string_view node_state_name(NodeState state) {
     case NodeState::kDraining: return "draining";
     case NodeState::kStopped: return "stopped";
     case NodeState::kLost: return "lost";
+    case NodeState::kSpare: return "spare";
   }
   return "unknown";
 }

@@ -48,6 +48,7 @@ Coordinator::State::State(const ControlOptions& given, NodeActions& actions)
     node.since = Clock::now();
     nodes.push_back(node);
   }
+  generation.seats = proven_seats = table_seating(options.table);
   Node& own = nodes[static_cast<size_t>(options.own_server)];
   own.state = NodeState::kJoined;
   own.offer = options.offer;
@@ -100,6 +101,15 @@ void Coordinator::State::send_all(FromMaster message, bool droppable) {
   }
 }
 
+void Coordinator::State::send_seated(FromMaster message) {
+  message.set_incarnation(generation.incarnation);
+  message.set_generation(generation.number);
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    if (nodes[i].stream != 0 && seated(static_cast<int>(i)))
+      server->send(nodes[i].stream, message);
+  }
+}
+
 void Coordinator::State::on_open(StreamId stream, const std::string& peer) {
   const std::lock_guard lock(mutex);
   if (stage == Stage::kClosed) return;
@@ -147,23 +157,36 @@ std::string Coordinator::State::join(StreamId stream, const FromNode& message) {
   }
   pending.erase(it);
   Node& node = nodes[join.server()];
+  const bool spare = !seated(static_cast<int>(join.server()));
   node.stream = stream;
-  node.state = NodeState::kJoined;
+  node.state = spare ? NodeState::kSpare : NodeState::kJoined;
   node.since = node.contact = Clock::now();
   node.verdict.clear();
   node.reason.clear();
+  node.unfit.clear();
+  node.ranks.clear();
   node.offer = {.build = printable(join.build(), 200),
                 .numeric_classes = {join.numeric_classes().begin(), join.numeric_classes().end()},
                 .memory_bytes = join.memory_bytes(),
-                .cores = join.cores()};
+                .cores = join.cores(),
+                .bytes_per_second = join.bytes_per_second()};
   for (std::string& name : node.offer.numeric_classes) name = printable(name, 100);
   FromMaster welcome;
   welcome.mutable_welcome()->set_build(options.offer.build);
   welcome.mutable_welcome()->set_recover(options.recover);
   welcome.mutable_welcome()->set_recovery_seconds(options.recovery_seconds);
   server->send(stream, welcome);
+  if (spare && stage == Stage::kServing) {
+    FromMaster standby;
+    standby.mutable_standby();
+    server->send(stream, standby);
+  }
   cv.notify_all();
-  return fmt::format("node {} joined ({} cores, {:.1f} GiB)", node.name, node.offer.cores,
+  return fmt::format("node {} joined{} ({} cores, {:.1f} GiB)", node.name,
+                     !spare                ? ""
+                     : options.recover ? " as a spare"
+                                       : " as a spare, which nothing uses with --on-loss=fail",
+                     node.offer.cores,
                      static_cast<double>(node.offer.memory_bytes) / (1LL << 30));
 }
 
@@ -214,7 +237,7 @@ std::string Coordinator::State::refusal(const FromNode& message, Code& code) {
                        name, generation.numeric_class);
   }
   // Its entry is vacant, so the instance waits for it or is about to.
-  if (options.recover) return {};
+  if (options.recover || !seated(static_cast<int>(join.server()))) return {};
   if (stage != Stage::kJoining || failure) {
     return fmt::format("the instance of master {} has already started without room for {}. Fix: "
                        "restart all nodes", own, name);
@@ -243,6 +266,7 @@ std::string Coordinator::State::handle(int index, const FromNode& message) {
   switch (message.kind_case()) {
     case FromNode::kHeartbeat:
       node.ranks.clear();
+      if (!seated(index)) return {};
       for (const auto& r : message.heartbeat().ranks()) {
         RankReport report{.rank = r.rank(), .pid = r.pid(), .state = printable(r.state(), 200)};
         for (const auto& [name, value] : r.counters())
@@ -257,6 +281,11 @@ std::string Coordinator::State::handle(int index, const FromNode& message) {
                                   .address = printable(e.address(), 100),
                                   .port = static_cast<uint16_t>(e.port())});
       }
+      if (message.prepared().seats() != digest(generation.seats))
+        fault(index, Code::kFailedPrecondition,
+              fmt::format("{} planned with another cut of the model than the one that was decided",
+                          name_of(index)),
+              false);
       phase_done(index, "prepare");
       return {};
     case FromNode::kConnected: phase_done(index, "connect"); return {};
@@ -313,6 +342,10 @@ std::string Coordinator::State::lose(int index, const std::string& verdict,
   if (stage == Stage::kEnding) {
     node.state = NodeState::kStopped;
     return {};
+  }
+  if (!seated(index)) {
+    node.state = NodeState::kAbsent;
+    return fmt::format("{} is {}: {}; it was a spare, nothing stops", name_of(index), verdict, why);
   }
   const std::string during = phase.empty() ? "" : " in phase " + phase;
   const std::string line = fmt::format("{} is {}{}: {}", name_of(index), verdict, during, why);
@@ -372,6 +405,11 @@ std::string Coordinator::State::notice() const {
   std::string here, missing;
   for (size_t i = 0; i < nodes.size(); ++i) {
     const Node& node = nodes[i];
+    if (!seated(static_cast<int>(i))) {
+      if (phase.empty() && node.stream != 0)
+        here += fmt::format("{}{} (spare)", here.empty() ? "" : ", ", node.name);
+      continue;
+    }
     const bool own = static_cast<int>(i) == options.own_server;
     const bool good = phase.empty() ? node.state != NodeState::kAbsent : node.done;
     std::string& list = good ? here : missing;

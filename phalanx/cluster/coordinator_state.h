@@ -38,6 +38,7 @@ struct Coordinator::State final : ControlServer::Handler {
     std::vector<RankReport> ranks;
     std::vector<RankEndpoint> endpoints;
     LoadResult load;
+    std::string unfit;           // why it may not stand in for another, until it joins again
   };
   struct Failure {
     int server = 0;
@@ -74,6 +75,28 @@ struct Coordinator::State final : ControlServer::Handler {
   // One generation, in order. Throws Lost, or Error when all is over.
   void form(std::unique_lock<std::mutex>& lock);
   void wait_for_all(std::unique_lock<std::mutex>& lock);
+  // coordinator_seats.cc. With the lock.
+  [[nodiscard]] bool seated(int server) const { return is_seated(generation.seats, server); }
+  [[nodiscard]] bool here(int server) const {
+    return server == options.own_server || nodes[static_cast<size_t>(server)].stream != 0;
+  }
+  // Weights that the table leaves to measurement, before the first generation.
+  void decide_seats(std::unique_lock<std::mutex>& lock);
+  // Spares that came before the numeric class was known and lack it are refused now.
+  void refuse_other_classes();
+  [[nodiscard]] std::optional<Misfit> misfit(const Seating& seats) const;
+  // The spare that can take over the ranks of a lost server now; -1: none.
+  int stand_in_for(int server);
+  // The lost servers that have been away long enough, once a spare is here for them.
+  bool take_over_due();
+  void take_over();
+  // When the next lost server has been away long enough; give_up if none is waited for.
+  [[nodiscard]] Clock::time_point next_take_over() const;
+  // Goes on with those that are here. False, with a line in the log, where they cannot.
+  bool shrink();
+  // The node failed before the generation served, in ranks that it had taken over: it is left alone
+  // and the node whose they were is waited for again. False if it had taken over nothing.
+  bool give_back(int server, const std::string& why);
   void run_phase(std::unique_lock<std::mutex>& lock, const Phase& phase,
                  control::v1::FromMaster message, const std::function<void()>& action);
   void throw_if_over(std::unique_lock<std::mutex>& lock);
@@ -99,6 +122,7 @@ struct Coordinator::State final : ControlServer::Handler {
   void fault(int server, Code code, const std::string& text, bool symptom);
   [[nodiscard]] bool of_present_generation(const control::v1::FromNode& message) const;
   void send_all(control::v1::FromMaster message, bool droppable = false);
+  void send_seated(control::v1::FromMaster message);
 
   void tick();
   void watch();
@@ -121,6 +145,7 @@ struct Coordinator::State final : ControlServer::Handler {
   std::optional<Clock::time_point> phase_deadline;
   Clock::time_point phase_since, next_notice;
   Generation generation;             // the present one; its number is 0 before the first
+  Seating proven_seats;              // of the generation that served last, or was decided first
   Clock::time_point give_up;         // start() ends by then unless all are there
   std::optional<Failure> failure;    // of this generation
   std::optional<std::string> abort_reason;  // the watcher calls abort() once in a generation

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
 
 #include "control.pb.h"
 #include "phalanx/base/log.h"
@@ -79,6 +80,7 @@ struct Participant::State final : ControlClient::Handler {
   // anything was begun, and with `ended` empty after an orderly end.
   void follow(std::unique_lock<std::mutex>& lock);
   void obey(const FromMaster& message, std::unique_lock<std::mutex>& lock);
+  void stand_by(std::unique_lock<std::mutex>& lock);
   bool wait_welcome(std::unique_lock<std::mutex>& lock);
   void say_leave(std::unique_lock<std::mutex>& lock);
   // Says what failed here, then ends run() with the master's verdict, or `error` if none comes.
@@ -138,6 +140,7 @@ struct Participant::State final : ControlClient::Handler {
   bool stop_received = false;
   std::optional<Clock::time_point> claimed_since;  // by another process, as the master says
   bool prepared = false;    // ever: there are weights to keep
+  bool spare = false;       // the instance serves without ranks of this node
   bool recover = false;     // as the master's welcome says
   double recovery_seconds = 0;
   bool quit = false;
@@ -172,10 +175,10 @@ void Participant::State::run() {
       lock.lock();
       if (!ended) return;
       begin = Clock::now();
-      if (prepared) {
+      if (prepared || spare) {
         limit = recovery_seconds;
-        log_error("{}; this node keeps its weights and waits up to {:.0f} s for it",
-                  lost_error().what(), limit);
+        log_error("{}; this node {} and waits up to {:.0f} s for it", lost_error().what(),
+                  prepared ? "keeps its weights" : "is a spare", limit);
       }
     }
     const std::string reason = ended ? ended->reason : "stopped";
@@ -183,7 +186,7 @@ void Participant::State::run() {
     client.reset();
     lock.lock();
     if (leaving) continue;
-    if (prepared && seconds_since(begin) >= limit) {
+    if ((prepared || spare) && seconds_since(begin) >= limit) {
       throw Error(Code::kUnavailable,
                   fmt::format("master {} is lost and did not return within {:.0f} s; last reason: "
                               "{}",
@@ -223,6 +226,7 @@ bool Participant::State::wait_welcome(std::unique_lock<std::mutex>& lock) {
   for (const std::string& name : options.offer.numeric_classes) join->add_numeric_classes(name);
   join->set_memory_bytes(options.offer.memory_bytes);
   join->set_cores(options.offer.cores);
+  join->set_bytes_per_second(options.offer.bytes_per_second);
   join->set_unix_ms(unix_ms(options));
   client->send(message);
   const bool answered = cv.wait_for(lock, seconds(kWelcomeSeconds), [&] {
@@ -291,7 +295,7 @@ void Participant::State::follow(std::unique_lock<std::mutex>& lock) {
         break;
       }
       if (inbox.empty()) {
-        if (prepared && !recover) throw lost_error();
+        if ((prepared || spare) && !recover) throw lost_error();
         break;
       }
       const FromMaster message = inbox.front();
@@ -311,9 +315,23 @@ void Participant::State::follow(std::unique_lock<std::mutex>& lock) {
       if (message.has_fail()) {
         throw Error(code_of(message.fail().code()), printable(message.fail().message(), 100'000));
       }
+      if (message.has_standby()) {
+        stand_by(lock);
+        continue;
+      }
       obey(message, lock);
     }
   }
+}
+
+void Participant::State::stand_by(std::unique_lock<std::mutex>& lock) {
+  if (!std::exchange(spare, true))
+    log_info("this node is a spare of master {}: it has no ranks and takes over those of a node "
+             "that stays away", master);
+  cv.wait(lock, [&] { return !aborting && (abort_called == aborted || quit); });
+  lock.unlock();
+  local.stand_by();
+  lock.lock();
 }
 
 std::string Participant::State::out_of_order(const FromMaster& message) const {
@@ -352,8 +370,11 @@ void Participant::State::obey(const FromMaster& message, std::unique_lock<std::m
     generation = {.incarnation = message.incarnation(),
                   .number = message.generation(),
                   .numeric_class = printable(message.prepare().numeric_class(), 100)};
+    for (const auto& seat : message.prepare().seats())
+      generation.seats.push_back({.server = seat.server(), .weight = seat.weight()});
     local_fault.reset();
     prepared = true;
+    spare = false;
   }
   if (aborted >= generation.number) return;  // over already; the master knows
   phase = name->second;
@@ -369,7 +390,14 @@ void Participant::State::obey(const FromMaster& message, std::unique_lock<std::m
         if (token.size() != present.token.size())
           throw Error(Code::kInternal, "the master sent a token of the wrong size");
         std::memcpy(present.token.data(), token.data(), token.size());
-        answer.mutable_prepared();
+        std::string wrong = seating_problem(present.seats, options.table);
+        if (wrong.empty() && !is_seated(present.seats, options.own_server))
+          wrong = "it has no rank for this node";
+        if (!wrong.empty())
+          throw Error(Code::kFailedPrecondition,
+                      fmt::format("the cut of the model that master {} decided cannot be "
+                                  "followed: {}", master, wrong));
+        answer.mutable_prepared()->set_seats(digest(present.seats));
         for (const RankEndpoint& e : local.prepare(present)) {
           auto* endpoint = answer.mutable_prepared()->add_endpoints();
           endpoint->set_rank(e.rank);

@@ -49,16 +49,17 @@ class Reader {
       add("", "the whole file", shown(root), "an object with server_count and server_list");
       return {};
     }
-    note_unknown_keys(root, "", {"version", "status", "server_count", "server_list"});
+    note_unknown_keys(root, "", {"version", "status", "server_count", "server_list", "weight"});
     fixed_string(root, "version", "1.0");
     fixed_string(root, "status", "completed");
+    read_common_weight(root);
     read_list(root);
     read_count(root);
     check_servers();
     check_ranks();
     for (Server& server : table_.servers) {
-      std::sort(server.devices.begin(), server.devices.end(),
-                [](const Device& a, const Device& b) { return a.rank_id < b.rank_id; });
+      std::stable_sort(server.devices.begin(), server.devices.end(),
+                       [](const Device& a, const Device& b) { return a.rank_id < b.rank_id; });
     }
     if (problems_.empty()) note_order();
     return std::move(table_);
@@ -141,13 +142,46 @@ class Reader {
     return address->text();
   }
 
-  void note_unused(const json& object, const std::string& place) {
+  bool spare_of(const json& object, const std::string& place) {
     const auto it = object.find("spare");
+    if (it == object.end()) return false;
+    if (it->is_boolean()) return it->get<bool>();
+    add(place + "spare", "wrong type", shown(*it), "true or false");
+    return false;
+  }
+
+  static bool all_devices_spare(const json& object) {
+    const auto devices = object.find("device");
+    return devices != object.end() && devices->is_array() && !devices->empty() &&
+           std::all_of(devices->begin(), devices->end(), [](const json& device) {
+             return device.is_object() && device.contains("spare") && device["spare"] == true;
+           });
+  }
+
+  // "weight": "auto" beside server_list holds for every device that has no weight of its own.
+  void read_common_weight(const json& root) {
+    const auto it = root.find("weight");
+    if (it == root.end()) return;
+    if (*it == "auto") {
+      auto_weights_ = true;
+    } else {
+      add("weight", "wrong value", shown(*it), "\"auto\", or no such key",
+          "numbers are given for each device");
+    }
+  }
+
+  void read_weight(const json& object, const std::string& place, Device& device) {
+    device.auto_weight = auto_weights_;
+    const auto it = object.find("weight");
     if (it == object.end()) return;
-    if (!it->is_boolean()) {
-      add(place + "spare", "wrong type", shown(*it), "true or false");
-    } else if (*it == true) {
-      table_.notes.push_back(place + "spare: accepted; it takes part like any other for now");
+    device.auto_weight = *it == "auto";
+    if (device.auto_weight) return;
+    const double value = it->is_number() ? it->get<double>() : 0;
+    if (std::isfinite(value) && value > 0 && value <= 1e6) {
+      device.weight = value;
+    } else {
+      add(place + "weight", "wrong value", shown(*it),
+          "a number above 0, at most 1000000, or \"auto\"");
     }
   }
 
@@ -174,7 +208,7 @@ class Reader {
 
   void read_server(const json& object, const std::string& place, Server& server) {
     note_unknown_keys(object, place, {"server_id", "container_ip", "device", "spare"});
-    note_unused(object, place);
+    server.spare = spare_of(object, place) || all_devices_spare(object);
     if (const auto text = string_of(object, place, "server_id", true, "\"10.0.0.1\""))
       server.server_id = address_of(*text, place + "server_id").value_or("");
     const auto container = string_of(object, place, "container_ip", false, "\"10.0.0.1\"");
@@ -186,6 +220,8 @@ class Reader {
                                          container ? "empty" : "not given", server.server_id));
     }
     const auto devices = object.find("device");
+    if (server.spare && (devices == object.end() || (devices->is_array() && devices->empty())))
+      return;
     if (devices == object.end())
       return add(place + "device", "key missing", "", "an array of devices");
     if (!devices->is_array())
@@ -196,11 +232,11 @@ class Reader {
     }
     for (size_t i = 0; i < devices->size(); ++i) {
       const std::string device = fmt::format("{}device[{}]", place, i);
-      ++devices_listed_;
+      if (!server.spare) ++devices_listed_;
       if ((*devices)[i].is_object()) {
         read_device((*devices)[i], device + ".", server);
       } else {
-        ++ranks_unread_;
+        if (!server.spare) ++ranks_unread_;
         add(device, "wrong type", shown((*devices)[i]), "an object with device_id and rank_id");
       }
     }
@@ -209,7 +245,10 @@ class Reader {
   void read_device(const json& object, const std::string& place, Server& server) {
     note_unknown_keys(object, place, {"device_id", "device_ip", "rank_id", "super_device_id",
                                       "weight", "spare"});
-    note_unused(object, place);
+    if (spare_of(object, place) && !server.spare) {
+      add(place + "spare", "one device of several cannot be a spare", "true",
+          "\"spare\": true on a server", "put it on the server, or remove the device");
+    }
     (void)string_of(object, place, "super_device_id", false, "\"0\"");
     Device device;
     const auto id = integer_of(object, place, "device_id");
@@ -230,13 +269,18 @@ class Reader {
       if (!ip->empty()) device.device_ip = address_of(*ip, place + "device_ip").value_or("");
     }
     check_device_ip(device, place);
-    if (const auto weight = object.find("weight"); weight != object.end()) {
-      const double value = weight->is_number() ? weight->get<double>() : 0;
-      if (std::isfinite(value) && value > 0 && value <= 1e6) {
-        device.weight = value;
-      } else {
-        add(place + "weight", "wrong value", shown(*weight), "a number above 0, at most 1000000");
+    read_weight(object, place, device);
+    if (server.spare) {
+      device.rank_id = -1;
+      device.weight = 1;
+      device.auto_weight = false;
+      for (const char* key : {"rank_id", "weight"}) {
+        if (object.contains(key) && table_.notes.size() < kMaxProblems)
+          table_.notes.push_back(fmt::format(
+              "{}{}: not used, a spare takes over the ranks of a lost server", place, key));
       }
+      server.devices.push_back(device);
+      return;
     }
     const auto rank = integer_of(object, place, "rank_id");
     if (!rank) {
@@ -311,6 +355,10 @@ class Reader {
 
   void check_ranks() {
     table_.world_size = static_cast<int>(rank_places_.size());
+    if (listed_ > 0 && devices_listed_ == 0 && problems_.empty()) {
+      add("server_list", "every server is a spare", std::to_string(listed_),
+          "at least one server with ranks", "remove \"spare\" from those that compute");
+    }
     if (rank_places_.empty() || ranks_unread_ > 0) return;
     const int expected = static_cast<int>(devices_listed_);
     std::string missing;
@@ -333,6 +381,7 @@ class Reader {
   void note_order() {
     int next = 0;
     for (const Server& server : table_.servers) {
+      if (server.spare) continue;
       for (const Device& device : server.devices) {
         if (device.rank_id == next++) continue;
         table_.notes.push_back(fmt::format(
@@ -350,6 +399,7 @@ class Reader {
   size_t listed_ = 0;
   size_t devices_listed_ = 0;
   size_t ranks_unread_ = 0;
+  bool auto_weights_ = false;
   std::map<std::pair<size_t, int>, std::string> device_ids_;  // (server, id) -> first place
   std::map<std::string, std::pair<size_t, std::string>> device_ips_;
   std::map<int, std::string> rank_places_;
@@ -394,6 +444,13 @@ const Device& RankTable::device_of_rank(int rank) const {
   }
   PHALANX_CHECK(false && "rank of its server");
   return servers[0].devices[0];
+}
+
+bool RankTable::has_auto_weights() const {
+  return std::any_of(servers.begin(), servers.end(), [](const Server& server) {
+    return std::any_of(server.devices.begin(), server.devices.end(),
+                       [](const Device& device) { return device.auto_weight; });
+  });
 }
 
 std::string RankTable::digest() const { return net::sha256_hex(to_json(*this)); }
@@ -452,13 +509,18 @@ std::string to_json(const RankTable& table) {
     nlohmann::ordered_json entry;
     entry["server_id"] = server.server_id;
     entry["container_ip"] = server.address();
+    if (server.spare) entry["spare"] = true;
     entry["device"] = nlohmann::ordered_json::array();
     for (const Device& device : server.devices) {
       nlohmann::ordered_json item;
       item["device_id"] = std::to_string(device.device_id);
       item["device_ip"] = device.device_ip.empty() ? server.address() : device.device_ip;
-      item["rank_id"] = std::to_string(device.rank_id);
-      if (device.weight != 1.0) item["weight"] = device.weight;
+      if (!server.spare) item["rank_id"] = std::to_string(device.rank_id);
+      if (device.auto_weight) {
+        item["weight"] = "auto";
+      } else if (device.weight != 1.0) {
+        item["weight"] = device.weight;
+      }
       entry["device"].push_back(item);
     }
     root["server_list"].push_back(entry);

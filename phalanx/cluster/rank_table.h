@@ -12,8 +12,9 @@ namespace phalanx::cluster {
 struct Device {
   int device_id = 0;
   std::string device_ip;   // may be empty: taken from container_ip
-  int rank_id = 0;
+  int rank_id = 0;         // -1 on a spare server
   double weight = 1.0;     // "weight": share of the model; default 1
+  bool auto_weight = false;  // "weight": "auto": decided at the start, see seating.h
 };
 
 // One entry of server_list.
@@ -21,21 +22,24 @@ struct Server {
   std::string server_id;
   std::string container_ip;  // = server_id where the file gives none
   std::vector<Device> devices;  // by rank_id
+  bool spare = false;           // holds no ranks until it takes over those of a lost server
   // container_ip, else server_id.
   [[nodiscard]] const std::string& address() const {
     return container_ip.empty() ? server_id : container_ip;
   }
 };
 
-// Any number of servers and devices, equal or not; ranks 0..N-1, each once.
+// Any number of servers and devices, equal or not; ranks 0..N-1, each once. A spare's devices have no
+// rank and need not be given; they lend their device_ip to the ranks that it takes over.
 struct RankTable {
   std::vector<Server> servers;     // in file order
-  int world_size = 0;
+  int world_size = 0;              // without spares
   std::vector<std::string> notes;  // what was accepted with a remark ("server_count is a number")
 
   [[nodiscard]] int master() const;                 // index of the server that holds rank 0
   [[nodiscard]] int server_of_rank(int rank) const;
   [[nodiscard]] const Device& device_of_rank(int rank) const;
+  [[nodiscard]] bool has_auto_weights() const;
   // Of the canonical content (not of the bytes), for comparison at a join.
   [[nodiscard]] std::string digest() const;
 };

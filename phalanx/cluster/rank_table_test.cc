@@ -94,12 +94,45 @@ TEST(RankTable, AcceptsWhatOthersLimit) {
 
 TEST(RankTable, AcceptsWithNotes) {
   std::string text = replaced(kFormB, R"("server_count":"2")", R"("server_count":2,"extra":1)");
-  text = replaced(text, R"("rank_id":"1")", R"("rank_id":"1","weight":2.5,"spare":true)");
+  text = replaced(text, R"("rank_id":"1")", R"("rank_id":"1","weight":2.5,"spare":false)");
   const RankTable table = parse_rank_table(text, "t.json");
   EXPECT_TRUE(has_note(table, "server_count: a number"));
   EXPECT_TRUE(has_note(table, "\"extra\": unknown key, ignored"));
-  EXPECT_TRUE(has_note(table, "server_list[1].device[0].spare"));
   EXPECT_EQ(table.device_of_rank(1).weight, 2.5);
+}
+
+constexpr const char* kWithSpare = R"({"server_count":"3","weight":"auto","server_list":[
+  {"server_id":"10.0.0.3","spare":true},
+  {"server_id":"10.0.0.1","device":[{"device_id":"0","rank_id":"0"}]},
+  {"server_id":"10.0.0.2","device":[{"device_id":"0","rank_id":"1","weight":2}]}]})";
+
+TEST(RankTable, SparesAndMeasuredWeights) {
+  const RankTable table = parse_rank_table(kWithSpare, "t.json");
+  EXPECT_EQ(table.world_size, 2);
+  EXPECT_EQ(table.master(), 1);
+  EXPECT_TRUE(table.servers[0].spare);
+  EXPECT_FALSE(table.servers[1].spare);
+  EXPECT_TRUE(table.has_auto_weights());
+  EXPECT_TRUE(table.device_of_rank(0).auto_weight);
+  EXPECT_FALSE(table.device_of_rank(1).auto_weight);
+  const RankTable again = parse_rank_table(to_json(table), "t.json");
+  EXPECT_EQ(again.digest(), table.digest());
+  EXPECT_TRUE(again.servers[0].spare && again.device_of_rank(0).auto_weight);
+  EXPECT_NE(parse_rank_table(replaced(kWithSpare, R"(,"weight":"auto")", ""), "t.json").digest(),
+            table.digest());
+}
+
+TEST(RankTable, ASparesRankIsNotUsed) {
+  const RankTable table = parse_rank_table(
+      replaced(kWithSpare, R"("spare":true)",
+               R"("device":[{"device_id":"0","device_ip":"10.20.0.3","rank_id":"2",)"
+               R"("spare":true}])"),
+      "t.json");
+  EXPECT_EQ(table.world_size, 2);
+  ASSERT_TRUE(table.servers[0].spare);
+  EXPECT_EQ(table.servers[0].devices.at(0).device_ip, "10.20.0.3");
+  EXPECT_TRUE(has_note(table, "server_list[0].device[0].rank_id: not used"));
+  EXPECT_EQ(parse_rank_table(to_json(table), "t.json").digest(), table.digest());
 }
 
 TEST(RankTable, DigestIsOfTheContent) {
@@ -164,6 +197,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{R"("container_ip":"10.0.0.2")", R"("container_ip":7)", "container_ip: wrong type"},
         BadCase{R"("rank_id":"1")", R"("rank_id":"1","weight":0)", "weight: wrong value, found 0"},
         BadCase{R"("rank_id":"1")", R"("rank_id":"1","weight":"2")", "weight: wrong value"},
+        BadCase{R"("server_count")", R"("weight":2,"server_count")", "weight: wrong value, found 2"},
         BadCase{R"("rank_id":"1")", R"("rank_id":"1","spare":"yes")", "spare: wrong type"},
         BadCase{R"({"device_id":"0","device_ip":"10.20.0.3","rank_id":"1"})", "",
                 "server_list[1].device: wrong number of devices, found 0, expected 1 to 1024"},

@@ -295,6 +295,11 @@ TEST_F(Recovery, OrdersThatComeTwiceLateOrFromElsewhereAreRefused) {
   welcome.mutable_welcome()->set_recover(true);
   welcome.mutable_welcome()->set_recovery_seconds(0.3);
   prepare.mutable_prepare()->set_token(std::string(32, 'x'));
+  for (const int server : {0, 1, 1}) {
+    auto* seat = prepare.mutable_prepare()->add_seats();
+    seat->set_server(server);
+    seat->set_weight(1);
+  }
   connect.mutable_connect();
   abort.mutable_abort()->set_reason("because");
   master.send(welcome, 7, 0);
@@ -323,6 +328,13 @@ TEST_F(Recovery, OrdersThatComeTwiceLateOrFromElsewhereAreRefused) {
   master.send(prepare, 7, 5);
   EXPECT_TRUE(master.message(4).has_prepared());
   EXPECT_EQ(master.message(4).generation(), 5u);
+  EXPECT_EQ(fakes_[1]->calls(), "prepare connect prepare ");
+  // Ranks that its rank table does not allow.
+  prepare.mutable_prepare()->mutable_seats(1)->set_weight(2);
+  master.send(prepare, 7, 6);
+  ASSERT_TRUE(master.message(5).has_phase_failed());
+  EXPECT_TRUE(contains(master.message(5).phase_failed().message(),
+                       "cannot be followed: the weight 2 of rank 1 is 1 in this node's rank table"));
   EXPECT_EQ(fakes_[1]->calls(), "prepare connect prepare ");
 }
 
