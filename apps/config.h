@@ -106,9 +106,12 @@ struct NodeConfig {
   InterNodeTls inter_node;                     // what all that comes to, files read and checked
   std::string logits_folder;                   // ATB_LLM_LOGITS_SAVE_ENABLE/_FOLDER
   int threads_per_rank = 0;                    // PHALANX_THREADS; 0: cores / local ranks
+  double memory_gbps = 0;                      // PHALANX_MEMORY_GBPS; 0: measured where needed
   std::string cpus;                            // PHALANX_CPUS: "", auto, none or a list
-  bool recover = false;                        // --on-loss=wait
+  bool recover = false;                        // --on-loss=wait or shrink
   double recovery_seconds = 300;               // --recovery-seconds
+  double spare_seconds = 10;                   // --spare-seconds
+  bool shrink = false;                         // --on-loss=shrink
   double drain_seconds = 3;                    // --drain-seconds
   double stuck_seconds = 2.5;                  // --stuck-seconds; 0: a frozen rank is waited for
   std::vector<std::string> ignored;            // keys and variables accepted without effect

@@ -186,6 +186,17 @@ std::string variable(const Environment& environment, const std::string& name) {
   return it == environment.end() ? std::string() : it->second;
 }
 
+void read_memory_speed(const Environment& environment, NodeConfig& config, Problems& problems) {
+  const std::string text = variable(environment, "PHALANX_MEMORY_GBPS");
+  if (text.empty()) return;
+  double speed = 0;
+  if (parse_number(text, speed) && speed > 0 && speed <= 1e5)
+    config.memory_gbps = speed;
+  else
+    bad_variable(problems, "PHALANX_MEMORY_GBPS", text, "GB/s, above 0 and at most 100000",
+                 "unset it to have the memory bandwidth measured");
+}
+
 void read_environment(const Environment& environment, NodeConfig& config, Problems& problems) {
   if (const std::string text = variable(environment, "NPU_MEMORY_FRACTION"); !text.empty()) {
     double fraction = 0;
@@ -206,6 +217,7 @@ void read_environment(const Environment& environment, NodeConfig& config, Proble
   if (const std::string text = variable(environment, "PHALANX_DATA_PORTS"); !text.empty())
     read_data_ports(text, config, problems);
   read_threads(environment, config, problems);
+  read_memory_speed(environment, config, problems);
   config.cpus = variable(environment, "PHALANX_CPUS");
   config.data_plane = variable(environment, "PHALANX_DATA_PLANE");
 

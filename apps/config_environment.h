@@ -11,6 +11,9 @@ namespace phalanx::apps {
 // Value of `name`, empty when unset.
 [[nodiscard]] std::string variable(const Environment& environment, const std::string& name);
 
+// PHALANX_MEMORY_GBPS. Part of read_environment().
+void read_memory_speed(const Environment& environment, NodeConfig& config, Problems& problems);
+
 // Fills npu_memory_fraction, connect_timeout_s, data ports, logits folder and threads; lists the
 // variables that are set without effect; warns about old names and proxies.
 void read_environment(const Environment& environment, NodeConfig& config, Problems& problems);

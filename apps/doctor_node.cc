@@ -20,10 +20,7 @@ namespace {
 constexpr int64_t kMemoryForMeasuring = int64_t{1} << 30;  // free, before 512 MiB are taken
 
 // The threads that ranks on this node will compute with.
-int compute_threads(const HostResources& host) {
-  NodeConfig config;
-  Problems ignored;  // a bad variable is `phalanx check`'s to name
-  read_environment(process_environment(), config, ignored);
+int compute_threads(const NodeConfig& config, const HostResources& host) {
   const int cores = host.usable_cores();
   return config.threads_per_rank > 0 ? std::min(cores, config.threads_per_rank) : cores;
 }
@@ -74,11 +71,15 @@ NodeReport describe_node(const DoctorOptions& options) {
 }
 
 MemorySpeed measure_memory(double seconds) {
+  NodeConfig config;
+  Problems ignored;  // a bad variable is named at the start and by `phalanx check`
+  read_environment(process_environment(), config, ignored);
+  if (config.memory_gbps > 0) return {.read_bytes_per_s = config.memory_gbps * 1e9};
   const HostResources host = host_resources();
   if (host.memory_bytes < kMemoryForMeasuring)
     return {.problem = fmt::format("only {} of memory are free, measuring needs {}",
                                    format_bytes(host.memory_bytes), format_bytes(kMemoryForMeasuring))};
-  const int threads = compute_threads(host);
+  const int threads = compute_threads(config, host);
   std::vector<int> cpus;
   if (static_cast<size_t>(threads) == host.cpus.size()) cpus = host.cpus;
   Machine machine(threads, cpus, models::ModelInfo{});

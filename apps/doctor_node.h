@@ -42,6 +42,7 @@ struct MemorySpeed {
   std::string problem;  // why it was not measured
 };
 // Read bandwidth and peak of all usable cores, over about `seconds`. Takes 512 MiB for as long.
+// Where PHALANX_MEMORY_GBPS says the bandwidth nothing is measured.
 [[nodiscard]] MemorySpeed measure_memory(double seconds);
 
 }  // namespace phalanx::apps

@@ -7,6 +7,7 @@
 
 #include "apps/bench_roofline.h"
 #include "apps/host.h"
+#include "phalanx/cluster/seating.h"
 #include "phalanx/models/model.h"
 
 namespace phalanx::apps {
@@ -19,7 +20,9 @@ class Prediction {
   Prediction(const DoctorReport& report, const std::string& model, double context)
       : report_(report), model_(model), info_(models::read_model_info(model)),
         work_(decode_work(info_, kv_bytes_per_position(info_, models::KvDtype::kCheckpoint), 1,
-                          context)) {}
+                          context)) {
+    decide();
+  }
 
   [[nodiscard]] const models::ModelInfo& info() const { return info_; }
   // What each of so many ranks does for a token, by rank.
@@ -30,15 +33,33 @@ class Prediction {
   }
   [[nodiscard]] std::vector<double> weights(int ranks) const {
     std::vector<double> result;
-    for (int r = 0; r < ranks; ++r) result.push_back(report_.table.device_of_rank(r).weight);
+    for (int r = 0; r < ranks; ++r) result.push_back(seats_[static_cast<size_t>(r)].weight);
     return result;
   }
+  // What a start would make of "weight": "auto"; empty where the table has numbers.
+  [[nodiscard]] const std::string& decision() const { return decision_; }
 
  private:
+  void decide() {
+    seats_ = cluster::table_seating(report_.table);
+    if (!report_.table.has_auto_weights()) return;
+    std::vector<double> speeds(report_.table.servers.size());
+    for (const NodeReport& node : report_.nodes)
+      speeds[static_cast<size_t>(node.server)] = node.read_bytes_per_s;
+    try {
+      seats_ = cluster::decide_weights(report_.table, speeds, {});
+      decision_ = "weights that a start would decide: " + cluster::text_of(seats_, report_.table);
+    } catch (const Error& error) {
+      decision_ = fmt::format("weights not known, taken as equal: {}", error.what());
+    }
+  }
+
   const DoctorReport& report_;
   std::string model_;
   models::ModelInfo info_;
   StepWork work_;
+  cluster::Seating seats_;
+  std::string decision_;
 };
 
 // The bytes of a token are cut as the layout says, and within a layer as the sizes of its products.
@@ -124,6 +145,7 @@ void predict(DoctorReport& report, const std::string& model, double context,
   report.prediction.push_back(fmt::format(
       "prediction for {} ({} layers, hidden {}), one sequence at a context of {:.0f}:", model,
       info.num_layers, info.hidden_size, context));
+  if (!prediction.decision().empty()) report.prediction.push_back("  " + prediction.decision());
   const int most = std::min<int>(report.table.world_size,
                                  static_cast<int>(info.num_attention_heads));
   for (int ranks = 1; ranks <= most; ++ranks) {

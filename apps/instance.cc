@@ -14,6 +14,7 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "apps/doctor_node.h"
 #include "phalanx/base/log.h"
 
 namespace phalanx::apps {
@@ -22,6 +23,7 @@ namespace {
 using nlohmann::json;
 
 constexpr double kWarmUpSeconds = 120;
+constexpr double kMeasureSeconds = 0.2; // of memory bandwidth, for weights
 constexpr double kIdlePlanSeconds = 1;  // so that a cut link is found while nothing runs
 constexpr double kSuspendSeconds = 10;  // for the engine to let go of a lost generation
 // Generations in a row that gave no token, over at least so long: the work is at fault, not the machine.
@@ -72,6 +74,25 @@ class SignalWatch {
   std::thread thread_;
 };
 
+// Whether this node has ranks among those of several nodes that get weights by measurement.
+bool needs_bandwidth(const NodeConfig& config) {
+  const cluster::Seating seats = cluster::table_seating(config.table);
+  return config.table.has_auto_weights() && cluster::servers_of(seats) > 1 &&
+         cluster::is_seated(seats, config.own_server);
+}
+
+double measured_bandwidth() {
+  const MemorySpeed speed = measure_memory(kMeasureSeconds);
+  if (!speed.problem.empty())
+    throw Error(Code::kFailedPrecondition,
+                fmt::format("the rank table's \"weight\": \"auto\" needs this node's memory "
+                            "bandwidth: {}. Fix: free memory, give numbers as weights, or say the "
+                            "figure by PHALANX_MEMORY_GBPS",
+                            speed.problem));
+  log_info("memory bandwidth of this node: {:.1f} GB/s", speed.read_bytes_per_s / 1e9);
+  return speed.read_bytes_per_s;
+}
+
 json range_json(tensor::Range r) { return json::array({r.begin, r.end}); }
 
 }  // namespace
@@ -82,6 +103,7 @@ struct Instance::State {
         plan(p),
         node(config, plan,
              {.serve = [this] { serve(); },
+              .stand_by = [this] { announce("this node stands by"); },
               .fault =
                   [this](uint64_t generation, const Error& e, bool definite) {
                     local_fault(generation, e, definite);
@@ -111,6 +133,7 @@ struct Instance::State {
   mutable std::mutex mutex;
   std::condition_variable changed;
   bool serving = false;
+  bool announced = false;              // the success line was printed
   bool stopping = false;
   std::string stop_reason;
   std::optional<Error> failure;
@@ -241,15 +264,20 @@ struct Instance::State {
       const std::lock_guard lock(mutex);
       again = std::exchange(serving, true);
     }
-    if (again) {
-      log_info("serving again in generation {}", node.generation());
-      return;
+    announce(again || announced ? fmt::format("serving again in generation {}", node.generation())
+                                : success_line.empty() ? "the instance is ready" : success_line);
+  }
+
+  // The success line goes to stdout once, also on a spare.
+  void announce(const std::string& line) {
+    {
+      const std::lock_guard lock(mutex);
+      if (!std::exchange(announced, true) && !success_line.empty()) {
+        std::puts(success_line.c_str());
+        std::fflush(stdout);
+      }
     }
-    if (!success_line.empty()) {
-      std::puts(success_line.c_str());
-      std::fflush(stdout);
-    }
-    log_info("{}", success_line.empty() ? "the instance is ready" : success_line);
+    log_info("{}", line);
   }
 
   void local_fault(uint64_t generation, const Error& error, bool definite) {
@@ -502,6 +530,8 @@ int Instance::run() {
   const SignalWatch signals([this](int signal) {
     state_->request_stop(signal == SIGTERM ? "SIGTERM" : "SIGINT");
   });
+  cluster::NodeOffer offer = state_->node.offer();
+  if (needs_bandwidth(state_->config)) offer.bytes_per_second = measured_bandwidth();
   const cluster::ControlOptions options{
       .table = state_->config.table,
       .own_server = state_->config.own_server,
@@ -509,10 +539,16 @@ int Instance::run() {
       .tls = state_->config.inter_node.material,
       .renewed_tls = state_->renewed_tls,
       .facts = join_facts(state_->config, state_->plan),
-      .offer = state_->node.offer(),
+      .offer = offer,
       .join_seconds = state_->config.connect_timeout_s,
       .recover = state_->config.recover,
-      .recovery_seconds = state_->config.recovery_seconds};
+      .recovery_seconds = state_->config.recovery_seconds,
+      .spare_seconds = state_->config.spare_seconds,
+      .shrink = state_->config.shrink,
+      .misfit = [this](const cluster::Seating& seats,
+                       const std::vector<cluster::NodeOffer>& offers) {
+        return find_misfit(state_->config, state_->plan, seats, offers);
+      }};
   try {
     return is_master() ? state_->run_master(options) : state_->run_slave(options);
   } catch (const Error& e) {
@@ -536,6 +572,8 @@ InstanceView Instance::view() const {
     view.lost = state_->lost;
   }
   if (state_->coordinator) view.nodes = state_->coordinator->nodes();
+  for (const cluster::NodeView& node : view.nodes)
+    if (node.state == cluster::NodeState::kSpare) view.spares.push_back(node.address);
   return view;
 }
 
@@ -543,6 +581,7 @@ std::string Instance::status_json() const {
   const State& s = *state_;
   json ranks = json::array();
   json nodes = json::array();
+  const std::shared_ptr<const NodePlan> plan = s.node.plan();
   for (const cluster::NodeView& node : view().nodes) {
     nodes.push_back({{"address", node.address},
                      {"state", std::string(cluster::node_state_name(node.state))},
@@ -551,14 +590,19 @@ std::string Instance::status_json() const {
                      {"last_contact_seconds", node.last_contact_seconds},
                      {"build", node.offer.build},
                      {"cores", node.offer.cores},
-                     {"memory_bytes", node.offer.memory_bytes}});
+                     {"memory_bytes", node.offer.memory_bytes},
+                     {"bytes_per_second", node.offer.bytes_per_second},
+                     {"spare", node.spare}});
     for (const cluster::RankReport& report : node.ranks) {
-      const models::RankLayout& l = s.plan.layout[static_cast<size_t>(report.rank)];
+      // A node may still tell of a generation with more ranks.
+      if (report.rank < 0 || static_cast<size_t>(report.rank) >= plan->layout.size()) continue;
+      const models::RankLayout& l = plan->layout[static_cast<size_t>(report.rank)];
       json rank = report.counters;
       rank.update({{"rank", report.rank},
                    {"node", node.address},
                    {"pid", report.pid},
                    {"state", report.state},
+                   {"weight", plan->weights[static_cast<size_t>(report.rank)]},
                    {"heads", range_json(l.query_heads)},
                    {"kv_heads", range_json(l.kv_heads)},
                    {"hidden_rows", range_json(l.hidden_rows)},
@@ -614,7 +658,9 @@ std::string Instance::status_json() const {
   return json{{"generation", s.node.generation()},
               {"state", state},
               {"recovery", recovery},
-              {"world_size", s.config.table.world_size},
+              {"world_size", plan->seats.size()},
+              {"configured_world_size", s.config.table.world_size},
+              {"weights_decided", s.config.table.has_auto_weights()},
               {"nodes", nodes},
               {"ranks", ranks},
               {"engine", engine},

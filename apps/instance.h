@@ -31,6 +31,7 @@ struct InstanceView {
   std::optional<Error> failure;
   std::optional<Error> recovering;    // from this; requests wait
   std::vector<std::string> lost;      // addresses of lost nodes
+  std::vector<std::string> spares;    // addresses of nodes that are here and have no ranks
   std::vector<cluster::NodeView> nodes;
 };
 

@@ -29,14 +29,11 @@ constexpr double kRankAnswerSeconds = 60;
 constexpr double kLoadSeconds = 24 * 3600;
 
 // Ranks that share this machine's memory: those of every server whose address is local.
-int ranks_on_this_machine(const NodeConfig& config) {
-  int ranks = 0;
-  for (size_t s = 0; s < config.table.servers.size(); ++s) {
-    const cluster::Server& server = config.table.servers[s];
-    if (static_cast<int>(s) == config.own_server || net::is_local(server.address()))
-      ranks += static_cast<int>(server.devices.size());
-  }
-  return ranks;
+int ranks_on_this_machine(const NodeConfig& config, const cluster::Seating& seats) {
+  return static_cast<int>(std::count_if(seats.begin(), seats.end(), [&](const cluster::Seat& seat) {
+    return seat.server == config.own_server ||
+           net::is_local(config.table.servers[static_cast<size_t>(seat.server)].address());
+  }));
 }
 
 models::ModelOptions model_options(const NodeConfig& config, const NodePlan& plan, int rank,
@@ -67,6 +64,13 @@ models::ModelOptions draft_options(const NodeConfig& config, const NodePlan& pla
   return options;
 }
 
+void add_draft(const models::MemoryNeed& draft, models::MemoryNeed& all) {
+  all.weight_bytes += draft.weight_bytes;
+  all.workspace_bytes += draft.workspace_bytes;
+  all.kv_bytes_per_block += draft.kv_bytes_per_block;
+  all.read_bytes += draft.read_bytes;
+}
+
 void plan_draft(const NodeConfig& config, ops::Isa isa, NodePlan& plan) {
   Problems problems;
   check_draft_model(config, plan.info, problems);
@@ -79,33 +83,48 @@ void plan_draft(const NodeConfig& config, ops::Isa isa, NodePlan& plan) {
   need.workspace_bytes += engine::Drafter::logits_bytes(plan.draft->sequences, plan.info.vocab_size);
   const auto place = std::find(plan.local_ranks.begin(), plan.local_ranks.end(), 0);
   PHALANX_CHECK(place != plan.local_ranks.end());
-  models::MemoryNeed& all = plan.needs[static_cast<size_t>(place - plan.local_ranks.begin())];
-  all.weight_bytes += need.weight_bytes;
-  all.workspace_bytes += need.workspace_bytes;
-  all.kv_bytes_per_block += need.kv_bytes_per_block;
-  all.read_bytes += need.read_bytes;
+  add_draft(need, plan.needs[static_cast<size_t>(place - plan.local_ranks.begin())]);
+}
+
+// What ranks must hold, whoever holds them.
+struct Demand {
+  int64_t fixed = 0;  // weights and workspaces
+  int64_t kv = 0;     // of each rank, at least: one sequence of the greatest length, or npuMemSize
+};
+
+Demand demand_of(const NodeConfig& config, const std::vector<models::MemoryNeed>& needs) {
+  Demand demand;
+  int64_t block = 0;
+  for (const models::MemoryNeed& need : needs) {
+    demand.fixed += need.weight_bytes + need.workspace_bytes + need.adapter_bytes;
+    block = std::max(block, need.kv_bytes_per_block);
+  }
+  const int64_t sequence_blocks =
+      (config.model.max_sequence + config.schedule.cache_block_size - 1) /
+      config.schedule.cache_block_size;
+  demand.kv = config.model.npu_mem_gb > 0 ? config.model.npu_mem_gb << 30 : sequence_blocks * block;
+  return demand;
+}
+
+// What `ranks` of the `sharing` ranks on a machine may use of its memory.
+int64_t usable_bytes(const NodeConfig& config, int64_t memory_bytes, int ranks, int sharing) {
+  return static_cast<int64_t>(static_cast<double>(memory_bytes) * config.npu_memory_fraction *
+                              static_cast<double>(ranks) / static_cast<double>(sharing));
 }
 
 // The KV cache gets what is left of fraction x memory after weights and workspaces
 // (config.json npuMemSize -1), or what npuMemSize says.
-void divide_memory(const NodeConfig& config, const HostResources& host, int sharing,
+void divide_memory(const NodeConfig& config, const HostResources& host, int sharing, bool judge,
                    NodePlan& plan) {
-  int64_t fixed = 0;
-  int64_t block = 0;
-  for (const models::MemoryNeed& need : plan.needs) {
-    fixed += need.weight_bytes + need.workspace_bytes + need.adapter_bytes;
-    block = std::max(block, need.kv_bytes_per_block);
-  }
-  const auto local = static_cast<int64_t>(plan.local_ranks.size());
   const int64_t sequence_blocks =
       (config.model.max_sequence + config.schedule.cache_block_size - 1) /
       config.schedule.cache_block_size;
-  const double share = static_cast<double>(local) / sharing;
-  const auto usable = static_cast<int64_t>(static_cast<double>(host.memory_bytes) *
-                                           config.npu_memory_fraction * share);
-  const int64_t wanted = config.model.npu_mem_gb > 0 ? config.model.npu_mem_gb << 30
-                                                     : sequence_blocks * block;
-  if (fixed + local * wanted > usable) {
+  plan.kv_blocks_wanted = sequence_blocks * config.schedule.max_batch;
+  const int local = static_cast<int>(plan.local_ranks.size());
+  if (local == 0) return;
+  const Demand demand = demand_of(config, plan.needs);
+  const int64_t usable = usable_bytes(config, host.memory_bytes, local, sharing);
+  if (judge && demand.fixed + local * demand.kv > usable) {
     throw Error(
         Code::kResourceExhausted,
         fmt::format(
@@ -114,18 +133,48 @@ void divide_memory(const NodeConfig& config, const HostResources& host, int shar
             "at least {} each for {}, found {} ({} of {} by {}, times NPU_MEMORY_FRACTION {:.2f}). "
             "Fix: use more nodes or ranks on other machines, lower maxSeqLen, maxPrefillTokens or "
             "npuMemSize, or raise NPU_MEMORY_FRACTION",
-            config.model.weight_path, local, local == 1 ? "" : "s", format_bytes(fixed),
-            format_bytes(wanted),
+            config.model.weight_path, local, local == 1 ? "" : "s", format_bytes(demand.fixed),
+            format_bytes(demand.kv),
             config.model.npu_mem_gb > 0
                 ? fmt::format("the KV cache that npuMemSize {} asks for", config.model.npu_mem_gb)
                 : fmt::format("one sequence of maxSeqLen {}", config.model.max_sequence),
-            format_bytes(usable), format_bytes(static_cast<int64_t>(
-                                      static_cast<double>(host.memory_bytes) * share)),
+            format_bytes(usable),
+            format_bytes(static_cast<int64_t>(static_cast<double>(host.memory_bytes) * local /
+                                              sharing)),
             format_bytes(host.memory_bytes), host.memory_source, config.npu_memory_fraction));
   }
-  plan.kv_bytes_per_rank =
-      config.model.npu_mem_gb > 0 ? config.model.npu_mem_gb << 30 : (usable - fixed) / local;
-  plan.kv_blocks_wanted = sequence_blocks * config.schedule.max_batch;
+  plan.kv_bytes_per_rank = config.model.npu_mem_gb > 0 ? config.model.npu_mem_gb << 30
+                                                       : std::max<int64_t>(0, usable - demand.fixed) / local;
+}
+
+// `before`: of the same node; its cores stay where the number of ranks does not grow.
+void cut(const NodeConfig& config, const HostResources& host, const cluster::Seating& seats,
+         const NodePlan* before, bool judge, NodePlan& plan) {
+  plan.seats = seats;
+  plan.weights = cluster::weights_of(seats);
+  plan.layout = models::plan_layout(plan.info, plan.weights, config.model.moe_ep);
+  plan.local_ranks = cluster::ranks_of(seats, config.own_server);
+  const int sharing = ranks_on_this_machine(config, seats);
+  const size_t local = plan.local_ranks.size();
+  if (before != nullptr && local <= before->local_ranks.size()) {
+    plan.cores = before->cores;
+    if (!plan.cores.cpus.empty())
+      plan.cores.cpus.resize(local * static_cast<size_t>(plan.cores.threads_per_rank));
+  } else if (local > 0) {
+    plan.cores = plan_cores({.ranks = static_cast<int>(local),
+                             .sharing = sharing,
+                             .threads_per_rank = config.threads_per_rank,
+                             .cpus = config.cpus,
+                             .lease_folder = default_lease_folder()},
+                            host, read_topology(host.cpus));
+  }
+  plan.threads_per_rank = plan.cores.threads_per_rank;
+  const ops::Isa isa = ops::choose_isa();
+  plan.needs.clear();
+  for (const int rank : plan.local_ranks)
+    plan.needs.push_back(models::memory_need(plan.info, model_options(config, plan, rank, isa)));
+  if (runs_draft_model(config)) plan_draft(config, isa, plan);
+  divide_memory(config, host, sharing, judge, plan);
 }
 
 }  // namespace
@@ -135,9 +184,6 @@ NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
   plan.info = models::read_model_info(config.model.weight_path);
   models::check_checkpoint(config.model.weight_path);
   plan.adapters = plan_adapters(config.model, plan.info);
-  for (int rank = 0; rank < config.table.world_size; ++rank)
-    plan.weights.push_back(config.table.device_of_rank(rank).weight);
-  plan.layout = models::plan_layout(plan.info, plan.weights, config.model.moe_ep);
   // Prompts longer than this are prefilled in pieces; the result does not depend on it.
   constexpr int64_t kMostStepTokens = 2048;
   plan.max_step_tokens = std::max(std::min(config.schedule.max_prefill_tokens, kMostStepTokens),
@@ -146,23 +192,51 @@ NodePlan plan_node(const NodeConfig& config, const HostResources& host) {
   constexpr int64_t kLeastStepRows = 32;
   plan.max_step_rows =
       std::max(config.schedule.max_batch, std::min(plan.max_step_tokens, kLeastStepRows));
-  for (const cluster::Device& device :
-       config.table.servers[static_cast<size_t>(config.own_server)].devices)
-    plan.local_ranks.push_back(device.rank_id);
-  const int sharing = ranks_on_this_machine(config);
-  plan.cores = plan_cores({.ranks = static_cast<int>(plan.local_ranks.size()),
-                           .sharing = sharing,
-                           .threads_per_rank = config.threads_per_rank,
-                           .cpus = config.cpus,
-                           .lease_folder = default_lease_folder()},
-                          host, read_topology(host.cpus));
-  plan.threads_per_rank = plan.cores.threads_per_rank;
-  const ops::Isa isa = ops::choose_isa();
-  for (const int rank : plan.local_ranks)
-    plan.needs.push_back(models::memory_need(plan.info, model_options(config, plan, rank, isa)));
-  if (runs_draft_model(config)) plan_draft(config, isa, plan);
-  divide_memory(config, host, sharing, plan);
+  cut(config, host, cluster::table_seating(config.table), nullptr,
+      !config.table.has_auto_weights(), plan);
   return plan;
+}
+
+NodePlan replan_node(const NodeConfig& config, const HostResources& host, const NodePlan& before,
+                     const cluster::Seating& seats) {
+  NodePlan plan = before;
+  cut(config, host, seats, &before, true, plan);
+  return plan;
+}
+
+std::optional<cluster::Misfit> find_misfit(const NodeConfig& config, const NodePlan& plan,
+                                           const cluster::Seating& seats,
+                                           const std::vector<cluster::NodeOffer>& offers) {
+  const int sharing = ranks_on_this_machine(config, seats);
+  NodePlan other = plan;
+  other.weights = cluster::weights_of(seats);
+  const ops::Isa isa = ops::choose_isa();
+  for (size_t s = 0; s < offers.size(); ++s) {
+    const std::vector<int> ranks = cluster::ranks_of(seats, static_cast<int>(s));
+    if (ranks.empty()) continue;
+    std::vector<models::MemoryNeed> needs;
+    try {
+      for (const int rank : ranks)
+        needs.push_back(models::memory_need(plan.info, model_options(config, other, rank, isa)));
+    } catch (const Error& e) {
+      return cluster::Misfit{.server = static_cast<int>(s), .reason = e.what()};
+    }
+    if (plan.draft && ranks.front() == 0) add_draft(plan.draft->need, needs.front());
+    const std::string& address = config.table.servers[s].address();
+    const bool shared = static_cast<int>(s) == config.own_server || net::is_local(address);
+    const auto count = static_cast<int>(ranks.size());
+    const Demand demand = demand_of(config, needs);
+    const int64_t usable =
+        usable_bytes(config, offers[s].memory_bytes, count, shared ? sharing : count);
+    if (demand.fixed + count * demand.kv <= usable) continue;
+    return cluster::Misfit{
+        .server = static_cast<int>(s),
+        .reason = fmt::format("node {} would need {} for weights and workspace and at least {} for "
+                              "the KV cache of each of its {} rank{}, and has {} for it",
+                              address, format_bytes(demand.fixed), format_bytes(demand.kv), count,
+                              count == 1 ? "" : "s", format_bytes(usable))};
+  }
+  return std::nullopt;
 }
 
 std::string layout_table(const NodeConfig& config, const NodePlan& plan) {
@@ -174,7 +248,7 @@ std::string layout_table(const NodeConfig& config, const NodePlan& plan) {
                   "kv heads", "hidden rows", "mlp rows", "vocabulary");
   for (size_t rank = 0; rank < plan.layout.size(); ++rank) {
     const models::RankLayout& l = plan.layout[rank];
-    const int server = config.table.server_of_rank(static_cast<int>(rank));
+    const int server = plan.seats[rank].server;
     text += fmt::format("{:>5}  {:<22} {:>9} {:>9} {:>12} {:>12} {:>14}\n", rank,
                         config.table.servers[static_cast<size_t>(server)].address(),
                         range(l.query_heads), range(l.kv_heads), range(l.hidden_rows),
@@ -231,7 +305,10 @@ cluster::JoinFacts join_facts(const NodeConfig& config, const NodePlan& plan) {
 }
 
 Node::Node(const NodeConfig& config, const NodePlan& plan, Hooks hooks)
-    : config_(config), plan_(plan), hooks_(std::move(hooks)) {}
+    : config_(config),
+      host_(host_resources()),
+      hooks_(std::move(hooks)),
+      plan_(std::make_shared<const NodePlan>(plan)) {}
 
 Node::~Node() = default;
 
@@ -253,31 +330,30 @@ cluster::NodeOffer Node::offer() const {
   return offer;
 }
 
-UniqueFd Node::open_listener(const cluster::Device& device, cluster::RankEndpoint& endpoint) {
+UniqueFd Node::open_listener(const std::string& device_ip, cluster::RankEndpoint& endpoint) {
   const cluster::Server& own = config_.table.servers[static_cast<size_t>(config_.own_server)];
-  const bool own_ip = !device.device_ip.empty() && net::is_local(device.device_ip);
-  endpoint.rank = device.rank_id;
-  endpoint.address = own_ip ? device.device_ip : own.address();
+  const bool own_ip = !device_ip.empty() && net::is_local(device_ip);
+  endpoint.address = own_ip ? device_ip : own.address();
   UniqueFd fd = comm::listen_on(endpoint.address, static_cast<uint16_t>(config_.data_port_begin),
                                 static_cast<uint16_t>(config_.data_port_end), &endpoint.port);
-  log_info("rank {}: data plane listens on {}:{}{}", device.rank_id, endpoint.address, endpoint.port,
-           own_ip || device.device_ip.empty()
+  log_info("rank {}: data plane listens on {}:{}{}", endpoint.rank, endpoint.address, endpoint.port,
+           own_ip || device_ip.empty()
                ? ""
-               : fmt::format(" (device_ip {} is no address of this machine)", device.device_ip));
+               : fmt::format(" (device_ip {} is no address of this machine)", device_ip));
   return fd;
 }
 
-int Node::arena_for(int rank, ops::Isa isa) {
+int Node::arena_for(int rank, const std::vector<double>& shares, ops::Isa isa) {
   Arena& arena = arenas_[rank];
-  if (!arena.memory.valid() || arena.isa != isa || !weights::arena_is_sealed(arena.memory.get())) {
-    arena.memory = weights::create_arena_memory();
-    arena.isa = isa;
+  if (!arena.memory.valid() || arena.isa != isa || arena.weights != shares ||
+      !weights::arena_is_sealed(arena.memory.get())) {
+    arena.memory.reset();
+    arena = {.memory = weights::create_arena_memory(), .isa = isa, .weights = shares};
   }
   return arena.memory.get();
 }
 
-std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& generation) {
-  // What is left of the generation before ends here: its ranks, its links, its shared memory.
+void Node::end_ranks() {
   std::shared_ptr<RankSupervisor> old;
   {
     const std::lock_guard lock(mutex_);
@@ -288,6 +364,28 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
   listeners_.clear();
   node_memory_.reset();
   step_channel_.reset();
+}
+
+void Node::stand_by() {
+  end_ranks();
+  hooks_.stand_by();
+}
+
+std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& generation) {
+  end_ranks();
+  if (this->plan()->seats != generation.seats) {
+    auto cut_anew = std::make_shared<const NodePlan>(
+        replan_node(config_, host_, *this->plan(), generation.seats));
+    log_info("the model is cut anew:\n{}", layout_table(config_, *cut_anew));
+    const std::lock_guard lock(mutex_);
+    plan_ = std::move(cut_anew);
+  }
+  const std::shared_ptr<const NodePlan> plan = this->plan();
+  std::erase_if(arenas_, [&](const auto& entry) {
+    const auto& local = plan->local_ranks;
+    return entry.first != kDraftArena &&
+           std::find(local.begin(), local.end(), entry.first) == local.end();
+  });
   generation_ = generation;
   number_ = generation.number;
   ops::Isa isa = ops::choose_isa();
@@ -297,34 +395,34 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
       if (ops::numeric_class_name(c) == generation.numeric_class) isa = ops::best_isa_of(c);
   }
   log_info("kernels: {} (numeric class {}){}; {}", ops::isa_name(isa), generation.numeric_class,
-           ops::isa_note(), plan_.cores.reason);
+           ops::isa_note(), plan->cores.reason);
 
   const cluster::Server& own = config_.table.servers[static_cast<size_t>(config_.own_server)];
-  const bool several_nodes = config_.table.servers.size() > 1;
-  if (own.devices.size() > 1)
-    node_memory_ = comm::create_node_memory(static_cast<int>(own.devices.size()));
+  const bool several_nodes = cluster::servers_of(plan->seats) > 1;
+  const size_t local = plan->local_ranks.size();
+  if (local > 1) node_memory_ = comm::create_node_memory(static_cast<int>(local));
   std::vector<cluster::RankEndpoint> endpoints;
   std::vector<RankStart> starts;
-  for (size_t i = 0; i < own.devices.size(); ++i) {
-    const int rank = own.devices[i].rank_id;
+  for (size_t i = 0; i < local; ++i) {
+    const int rank = plan->local_ranks[i];
     RankStart start;
-    start.spec.model = model_options(config_, plan_, rank, isa);
-    start.spec.vocab_size = plan_.info.vocab_size;
-    start.spec.max_blocks = plan_.kv_blocks_wanted;
+    start.spec.model = model_options(config_, *plan, rank, isa);
+    start.spec.vocab_size = plan->info.vocab_size;
+    start.spec.max_blocks = plan->kv_blocks_wanted;
     start.spec.generation = generation.number;
-    start.spec.threads = plan_.threads_per_rank;
-    if (!plan_.cores.cpus.empty()) {
-      const auto first = plan_.cores.cpus.begin() + static_cast<std::ptrdiff_t>(i) * plan_.threads_per_rank;
-      start.spec.cpus.assign(first, first + plan_.threads_per_rank);
+    start.spec.threads = plan->threads_per_rank;
+    if (!plan->cores.cpus.empty()) {
+      const auto first = plan->cores.cpus.begin() + static_cast<std::ptrdiff_t>(i) * plan->threads_per_rank;
+      start.spec.cpus.assign(first, first + plan->threads_per_rank);
     }
     start.spec.log_level = static_cast<int>(log_enabled(LogLevel::kDebug)  ? LogLevel::kDebug
                                             : log_enabled(LogLevel::kInfo) ? LogLevel::kInfo
                                             : log_enabled(LogLevel::kWarn) ? LogLevel::kWarn
                                                                            : LogLevel::kError);
     if (rank == 0) {
-      if (plan_.draft) {
-        start.spec.draft = draft_options(config_, plan_, isa);
-        start.draft_arena = arena_for(kDraftArena, isa);
+      if (plan->draft) {
+        start.spec.draft = draft_options(config_, *plan, isa);
+        start.draft_arena = arena_for(kDraftArena, start.spec.draft->weights, isa);
       }
       start.spec.logits_folder = config_.logits_folder;
       channel_limits_ = start.spec.limits(start.spec.max_blocks);
@@ -333,11 +431,12 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
     }
     cluster::RankEndpoint endpoint{.rank = rank, .address = own.address(), .port = 0};
     if (several_nodes) {
-      listeners_.push_back(open_listener(own.devices[i], endpoint));
+      listeners_.push_back(open_listener(
+          i < own.devices.size() ? own.devices[i].device_ip : std::string(), endpoint));
       start.listener = listeners_.back().get();
     }
     start.node_memory = node_memory_.get();
-    start.arena = arena_for(rank, isa);
+    start.arena = arena_for(rank, plan->weights, isa);
     endpoints.push_back(endpoint);
     starts.push_back(std::move(start));
   }
@@ -403,11 +502,12 @@ cluster::LoadResult Node::load() {
   }
   done = true;
   progress.join();
-  result.kv_blocks = plan_.kv_blocks_wanted;
-  for (const models::MemoryNeed& need : plan_.needs)
+  const std::shared_ptr<const NodePlan> plan = this->plan();
+  result.kv_blocks = plan->kv_blocks_wanted;
+  for (const models::MemoryNeed& need : plan->needs)
     if (need.kv_bytes_per_block > 0)
       result.kv_blocks =
-          std::min(result.kv_blocks, plan_.kv_bytes_per_rank / need.kv_bytes_per_block);
+          std::min(result.kv_blocks, plan->kv_bytes_per_rank / need.kv_bytes_per_block);
   return result;
 }
 
@@ -474,6 +574,11 @@ std::shared_ptr<engine::StepChannelHead> Node::channel() const {
   const std::lock_guard lock(mutex_);
   PHALANX_CHECK(channel_ != nullptr);
   return channel_;
+}
+
+std::shared_ptr<const NodePlan> Node::plan() const {
+  const std::lock_guard lock(mutex_);
+  return plan_;
 }
 
 bool Node::wait_ranks_stopped(Deadline deadline) {

@@ -17,6 +17,7 @@
 #include "phalanx/base/error.h"
 #include "phalanx/base/unique_fd.h"
 #include "phalanx/cluster/rank_table.h"
+#include "phalanx/cluster/seating.h"
 #include "phalanx/models/model.h"
 #include "phalanx/net/address.h"
 
@@ -62,8 +63,18 @@ HostEntry parse_host(const std::string& text, int default_devices) {
   return entry;
 }
 
+void set_weight(const std::string& text, Device& device) {
+  device.auto_weight = text == "auto";
+  if (device.auto_weight) return;
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, device.weight);
+  if (error != std::errc() || stop != end || !(device.weight > 0))
+    throw Error(Code::kInvalidArgument,
+                fmt::format("--weights: found '{}', expected a number above 0, or auto", text));
+}
+
 RankTable make_table(const std::vector<std::string>& hosts, int devices,
-                     const std::vector<double>& weights) {
+                     const std::vector<std::string>& weights, const std::vector<std::string>& spares) {
   RankTable table;
   for (const std::string& text : hosts) {
     const HostEntry entry = parse_host(text, devices);
@@ -76,15 +87,22 @@ RankTable make_table(const std::vector<std::string>& hosts, int devices,
     }
     table.servers.push_back(server);
   }
+  for (const std::string& text : spares) {
+    Server server{.server_id = net::resolve(text)};
+    server.container_ip = server.server_id;
+    server.spare = true;
+    table.servers.push_back(server);
+  }
   if (!weights.empty()) {
-    if (weights.size() != static_cast<size_t>(table.world_size)) {
+    const bool all_auto = weights == std::vector<std::string>{"auto"};
+    if (!all_auto && weights.size() != static_cast<size_t>(table.world_size)) {
       throw Error(Code::kInvalidArgument,
-                  fmt::format("--weights: found {} numbers, expected one per rank, {}",
+                  fmt::format("--weights: found {} numbers, expected one per rank, {}, or one auto",
                               weights.size(), table.world_size));
     }
     for (Server& server : table.servers) {
       for (Device& device : server.devices)
-        device.weight = weights[static_cast<size_t>(device.rank_id)];
+        set_weight(all_auto ? weights[0] : weights[static_cast<size_t>(device.rank_id)], device);
     }
   }
   return table;
@@ -128,13 +146,17 @@ std::string range_text(const tensor::Range& range) {
 }
 
 void print_servers(const RankTable& table) {
+  if (table.has_auto_weights()) fmt::print("weights by measurement at the start; ");
   fmt::print("{} server{}, {} rank{}; master {} (rank 0)\n", table.servers.size(),
              table.servers.size() == 1 ? "" : "s", table.world_size,
              table.world_size == 1 ? "" : "s",
              table.servers[static_cast<size_t>(table.master())].address());
   for (const Server& server : table.servers)
-    fmt::print("  {:<20} rank{} {}\n", server.address(), server.devices.size() == 1 ? " " : "s",
-               rank_list(server));
+    if (server.spare)
+      fmt::print("  {:<20} spare\n", server.address());
+    else
+      fmt::print("  {:<20} rank{} {}\n", server.address(), server.devices.size() == 1 ? " " : "s",
+                 rank_list(server));
   for (const std::string& note : table.notes) fmt::print("note: {}\n", note);
 }
 
@@ -142,9 +164,10 @@ void print_servers(const RankTable& table) {
 void print_layout(const RankTable& table, const std::string& directory) {
   const models::ModelInfo info = models::read_model_info(directory);
   std::vector<double> weights;
+  const cluster::Seating seats = cluster::table_seating(table);
   double weight_sum = 0;
   for (int rank = 0; rank < table.world_size; ++rank) {
-    weights.push_back(table.device_of_rank(rank).weight);
+    weights.push_back(seats[static_cast<size_t>(rank)].weight);
     weight_sum += weights.back();
   }
   const std::vector<models::RankLayout> layout = models::plan_layout(info, weights);
@@ -177,6 +200,9 @@ void print_layout(const RankTable& table, const std::string& directory) {
                range_text(r.hidden_rows), range_text(r.mlp_rows), range_text(r.vocab_rows),
                static_cast<double>(bytes[rank]) / (1 << 20), share * 100, share / wanted);
   }
+  if (table.has_auto_weights())
+    fmt::print("weights \"auto\": shown as equal; decided at the start from the memory bandwidth that "
+               "each node then measures (phalanx doctor shows what comes of it)\n");
   fmt::print("predicted balance: {:.0f}% (the busiest rank has {:.2f} times the work its weight "
              "asks for; the others wait for it)\n",
              slowest > 0 ? 100 / slowest : 0, slowest);
@@ -189,7 +215,7 @@ int ranktable_main(int argc, char** argv) {
   app.require_subcommand(1);
 
   std::vector<std::string> hosts;
-  std::vector<double> weights;
+  std::vector<std::string> weights, spares;
   std::string output;
   int devices = 1;
   CLI::App* make = app.add_subcommand("make", "Write a rank table for the given hosts");
@@ -201,9 +227,13 @@ int ranktable_main(int argc, char** argv) {
   make->add_option("--devices", devices, "Ranks per host where the host names no number")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
-  make->add_option("--weights", weights, "Share of the model of each rank, comma-separated")
-      ->delimiter(',')
-      ->check(CLI::PositiveNumber);
+  make->add_option("--weights", weights,
+                   "Share of the model of each rank, comma-separated, a number or auto (from measured "
+                   "memory bandwidth); one auto: of all")
+      ->delimiter(',');
+  make->add_option("--spares", spares,
+                   "Names or addresses of servers without ranks, which take over those of a lost one")
+      ->delimiter(',');
   make->add_option("-o,--output", output, "File to write (mode 0640); without it: stdout");
 
   std::string file;
@@ -222,7 +252,7 @@ int ranktable_main(int argc, char** argv) {
   }
   try {
     if (make->parsed()) {
-      const std::string text = to_json(make_table(hosts, devices, weights));
+      const std::string text = to_json(make_table(hosts, devices, weights, spares));
       const RankTable table = cluster::parse_rank_table(text, "of --hosts");
       if (output.empty()) {
         fmt::print("{}", text);

@@ -81,6 +81,24 @@ TEST_F(RanktableCommand, ShowsTheLayoutOfAModel) {
   EXPECT_NE(err_.find("found 10 ranks, expected at most 9"), std::string::npos) << err_;
 }
 
+TEST_F(RanktableCommand, MeasuredWeightsAndSpares) {
+  ASSERT_EQ(run({"make", "--hosts", "127.0.0.1,127.0.0.2", "--weights", "auto", "--spares",
+                 "127.0.0.3", "-o", file_}), 0) << err_;
+  const cluster::RankTable table = cluster::load_rank_table(file_);
+  EXPECT_EQ(table.world_size, 2);
+  EXPECT_TRUE(table.device_of_rank(0).auto_weight && table.device_of_rank(1).auto_weight);
+  EXPECT_TRUE(table.servers.at(2).spare);
+  ASSERT_EQ(run({"show", file_}), 0) << err_;
+  EXPECT_NE(out_.find("weights by measurement at the start"), std::string::npos) << out_;
+  EXPECT_NE(out_.find("127.0.0.3            spare"), std::string::npos) << out_;
+  ASSERT_EQ(run({"make", "--hosts", "127.0.0.1,127.0.0.2", "--weights", "2,auto"}), 0) << err_;
+  EXPECT_NE(out_.find("\"weight\": \"auto\""), std::string::npos) << out_;
+  for (const char* bad : {"0,1", "two,1", "1x,1"}) {
+    EXPECT_EQ(run({"make", "--hosts", "127.0.0.1,127.0.0.2", "--weights", bad}), 1) << bad;
+    EXPECT_NE(err_.find("expected a number above 0, or auto"), std::string::npos) << err_;
+  }
+}
+
 TEST_F(RanktableCommand, RefusesBadInput) {
   EXPECT_EQ(run({"make", "--hosts", "127.0.0.1:0"}), 1);
   EXPECT_NE(err_.find("--hosts: found '127.0.0.1:0'"), std::string::npos) << err_;

@@ -15,6 +15,7 @@
 
 #include "apps/config_adapters.h"
 #include "apps/config_file.h"
+#include "apps/config_environment.h"
 #include "apps/config_log.h"
 #include "apps/generation_defaults.h"
 #include "apps/instance.h"
@@ -287,16 +288,19 @@ NodeConfig make_config(const RunArguments& a, const Environment& environment) {
   }
   if (const auto threads = number(environment, "PHALANX_THREADS", 1, 1024, problems))
     config.threads_per_rank = *threads;
+  read_memory_speed(environment, config, problems);
   config.cpus = get(environment, "PHALANX_CPUS");
   if (const auto seconds = number(environment, "HCCL_CONNECT_TIMEOUT", 1, 1 << 30, problems))
     config.connect_timeout_s = *seconds;
   else
     config.connect_timeout_s = 120;
-  if (const std::string on_loss = get(environment, "PHALANX_ON_LOSS"); on_loss == "wait")
+  if (const std::string on_loss = get(environment, "PHALANX_ON_LOSS"); on_loss == "wait" || on_loss == "shrink") {
     config.recover = true;
-  else if (!on_loss.empty() && on_loss != "fail")
+    config.shrink = on_loss == "shrink";
+  } else if (!on_loss.empty() && on_loss != "fail") {
     problems.add({.what = "not usable", .where = "PHALANX_ON_LOSS", .found = "'" + on_loss + "'",
-                  .expected = "wait or fail", .fix = "unset it"});
+                  .expected = "wait, shrink or fail", .fix = "unset it"});
+  }
   if (const std::string save = get(environment, "ATB_LLM_LOGITS_SAVE_ENABLE"); !save.empty() && save != "0")
     config.logits_folder = get(environment, "ATB_LLM_LOGITS_SAVE_FOLDER");
   if (a.is_embedding_model)
@@ -445,7 +449,8 @@ int run_main(int argc, char** argv) {
   std::shared_ptr<const text::Tokenizer> tokenizer;
   if (instance.is_master()) {
     for (const std::string& line : format_report(config, plan)) log_info("{}", line);
-    log_info("who computes which outputs:\n{}", layout_table(config, plan));
+    if (!config.table.has_auto_weights())
+      log_info("who computes which outputs:\n{}", layout_table(config, plan));
     std::shared_ptr<const text::ChatTemplate> chat;
     if (wants_tokenizer) {
       tokenizer = text::Tokenizer::load(config.model.weight_path);

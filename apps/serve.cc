@@ -190,7 +190,10 @@ class HttpHead final : public Head {
       // Routes exist only from open() on, when every rank has confirmed.
       health.state = view.recovering ? api::InstanceState::kRecovering
                                      : api::InstanceState::kServing;
-      if (view.recovering) health.reason = view.recovering->what();
+      if (view.recovering) {
+        health.reason = view.recovering->what();
+        health.spares = view.spares;
+      }
     }
     return health;
   }
@@ -222,7 +225,14 @@ void show_start(const NodeConfig& config, const NodePlan& plan, const HostResour
            plan.info.model_type, plan.info.num_layers, format_bytes(plan.info.parameter_bytes),
            config.table.world_size, config.table.world_size == 1 ? "" : "s");
   for (const std::string& line : format_report(config, plan)) log_info("{}", line);
-  log_info("who computes which outputs:\n{}", layout_table(config, plan));
+  if (config.table.has_auto_weights())
+    log_info("the rank table leaves weights to measurement: they are decided when all nodes are there");
+  else
+    log_info("who computes which outputs:\n{}", layout_table(config, plan));
+  if (plan.local_ranks.empty()) {
+    log_info("this node is a spare: it loads nothing until it takes over the ranks of a lost node");
+    return;
+  }
   log_info("memory of this node: weights {}, workspace {}, KV cache up to {} per rank, of {} ({})",
            format_bytes(weights), format_bytes(workspace), format_bytes(plan.kv_bytes_per_rank),
            format_bytes(host.memory_bytes), host.memory_source);
@@ -313,10 +323,13 @@ int serve_main(int argc, char** argv) {
   std::string on_loss = "wait";
   double recovery_seconds = 300;
   double drain_seconds = 3;
-  app.add_option("--on-loss", on_loss, "when a rank or node is lost: wait (default: for its return; running requests pause and go on), or fail (they get an error that names it, the nodes exit). The master's counts")
-      ->check(CLI::IsMember({"wait", "fail"}))->envname("PHALANX_ON_LOSS");
-  app.add_option("--recovery-seconds", recovery_seconds, "with --on-loss=wait: longest time without a lost node, or of a slave without its master, before all exit (300)")
+  app.add_option("--on-loss", on_loss, "when a rank or node is lost: wait (default: for its return, or a spare; running requests pause and go on), shrink (the same, but if nobody comes the others go on over fewer ranks), or fail (requests get an error that names it, the nodes exit). The master's counts")
+      ->check(CLI::IsMember({"wait", "shrink", "fail"}))->envname("PHALANX_ON_LOSS");
+  app.add_option("--recovery-seconds", recovery_seconds, "unless --on-loss=fail: longest time without a lost node, or of a slave without its master, before all exit, or shrink (300)")
       ->check(CLI::Range(1.0, 1e6))->envname("PHALANX_RECOVERY_SECONDS");
+  double spare_seconds = 10;
+  app.add_option("--spare-seconds", spare_seconds, "how long a lost node may stay away before a spare of the rank table takes over its ranks (10). The master's counts")
+      ->check(CLI::Range(0.0, 1e6))->envname("PHALANX_SPARE_SECONDS");
   app.add_option("--drain-seconds", drain_seconds, "time that running requests have to finish after SIGTERM (3)")
       ->check(CLI::Range(0.0, 1e6))->envname("PHALANX_DRAIN_SECONDS");
   double stuck_seconds = 2.5;
@@ -342,7 +355,9 @@ int serve_main(int argc, char** argv) {
   config.warnings.clear();
   for (const Problem& warning : report.warnings.list())
     config.warnings.push_back(to_string(warning));
-  config.recover = on_loss == "wait";
+  config.recover = on_loss != "fail";
+  config.shrink = on_loss == "shrink";
+  config.spare_seconds = spare_seconds;
   config.recovery_seconds = recovery_seconds;
   config.drain_seconds = drain_seconds;
   config.stuck_seconds = stuck_seconds;

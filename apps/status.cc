@@ -106,8 +106,11 @@ std::string range_of(const json& object, const char* key) {
 
 void print_tables(const json& status) {
   const json& s = status.at("phalanx");
-  fmt::print("{}, generation {}, {} ranks\n", text_of(s, "state"), text_of(s, "generation"),
-             text_of(s, "world_size"));
+  const int64_t ranks = number_of(s, "world_size");
+  const int64_t configured = number_of(s, "configured_world_size");
+  fmt::print("{}, generation {}, {} ranks{}{}\n", text_of(s, "state"), text_of(s, "generation"),
+             ranks, configured > ranks ? fmt::format(" of {}", configured) : "",
+             s.value("weights_decided", false) ? ", weights by measured memory bandwidth" : "");
   const json recovery = s.value("recovery", json::object());
   if (const std::string loss = recovery.value("loss", ""); !loss.empty())
     fmt::print("recovering from: {}\n", loss);
@@ -130,8 +133,8 @@ void print_tables(const json& status) {
                            static_cast<double>(number_of(node, "memory_bytes")) / (1 << 30)),
                text_of(node, "reason"));
   }
-  fmt::print("\n{:>4}  {:<24} {:<10} {:>8} {:>9} {:>9} {:>11} {:>9} {:>7} {:>9} {:>9} {:>9}\n",
-             "rank", "node", "state", "pid", "heads", "kv heads", "mlp rows", "steps", "loaded",
+  fmt::print("\n{:>4}  {:<24} {:<10} {:>8} {:>6} {:>9} {:>9} {:>11} {:>9} {:>7} {:>9} {:>9} {:>9}\n",
+             "rank", "node", "state", "pid", "weight", "heads", "kv heads", "mlp rows", "steps", "loaded",
              "compute", "transfer", "waiting");
   for (const json& rank : s.at("ranks")) {
     const double busy = static_cast<double>(number_of(rank, "compute_ns") +
@@ -142,9 +145,9 @@ void print_tables(const json& status) {
                       : std::string("-");
     };
     const int64_t to_read = number_of(rank, "bytes_to_read");
-    fmt::print("{:>4}  {:<24} {:<10} {:>8} {:>9} {:>9} {:>11} {:>9} {:>7} {:>9} {:>9} {:>9}\n",
+    fmt::print("{:>4}  {:<24} {:<10} {:>8} {:>6} {:>9} {:>9} {:>11} {:>9} {:>7} {:>9} {:>9} {:>9}\n",
                text_of(rank, "rank"), text_of(rank, "node"), text_of(rank, "state"),
-               text_of(rank, "pid"), range_of(rank, "heads"), range_of(rank, "kv_heads"),
+               text_of(rank, "pid"), fmt::format("{:g}", rank.value("weight", 1.0)), range_of(rank, "heads"), range_of(rank, "kv_heads"),
                range_of(rank, "mlp_rows"), text_of(rank, "steps_done"),
                to_read == 0 ? "kept"
                             : fmt::format("{:.0f} %", 100.0 *

@@ -132,14 +132,15 @@ class Instance:
     generators. A context manager: leaving it kills whatever is still there."""
 
     def __init__(self, folder, model, devices, settings=(), name="demo", addresses=None,
-                 ports=None, weights=None, arguments=()):
+                 ports=None, weights=None, arguments=(), spares=0):
         self.arguments = list(arguments)   # of every `phalanx serve`
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = model
         self.name = name
         self.devices = list(devices)
-        self.addresses = addresses or [f"127.0.0.{i + 1}" for i in range(len(self.devices))]
+        count = len(self.devices) + spares   # the spares come last
+        self.addresses = addresses or [f"127.0.0.{i + 1}" for i in range(count)]
         (self.port, self.management_port, self.metrics_port, self.node_port) = \
             ports or free_ports(4, self.addresses)
         self.table_file = self.folder / "ranktable.json"
@@ -147,6 +148,8 @@ class Instance:
         self.nodes = {}
         hosts = ",".join(f"{a}:{d}" for a, d in zip(self.addresses, self.devices))
         shares = ("--weights", ",".join(map(str, weights))) if weights else ()
+        if spares:
+            shares += ("--spares", ",".join(self.addresses[len(self.devices):]))
         self._make("ranktable", "make", "--hosts", hosts, *shares, "-o", self.table_file)
         model_key = "BackendConfig.ModelDeployConfig.ModelConfig[0]"
         defaults = [f"{model_key}.npuMemSize=1",
