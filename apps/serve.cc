@@ -192,7 +192,8 @@ class HttpHead final : public Head {
                                      : api::InstanceState::kServing;
       if (view.recovering) {
         health.reason = view.recovering->what();
-        health.spares = view.spares;
+        if (!view.spares.empty())
+          health.reason += fmt::format("; spare: {}", fmt::join(view.spares, ", "));
       }
     }
     return health;

@@ -67,9 +67,7 @@ std::optional<HttpResponse> unhealthy(const Core& core) {
 std::optional<OrderedJson> recovering(const Core& core) {
   const InstanceHealth health = core.health();
   if (health.state != InstanceState::kRecovering) return std::nullopt;
-  OrderedJson json = abnormal_nodes(health, "Service is recovering");
-  for (const auto& node : health.spares) json["spare_node"].push_back(node);
-  return json;
+  return abnormal_nodes(health, "Service is recovering");
 }
 
 HttpResponse live(const Core& core) {

@@ -70,7 +70,6 @@ struct InstanceHealth {
   InstanceState state = InstanceState::kStarting;
   std::vector<std::string> lost;            // addresses of nodes without contact
   std::string reason;                       // for kFailed and kRecovering: which node, which rank, why
-  std::vector<std::string> spares = {};     // addresses of nodes that could take over
 };
 
 // The routes of an instance. Stop the server before this goes (what still runs afterwards finds a
