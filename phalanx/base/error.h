@@ -1,8 +1,10 @@
 #pragma once
 
-#include <stdexcept>
+#include <exception>
+#include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace phalanx {
@@ -28,14 +30,21 @@ enum class Code {
 
 [[nodiscard]] std::string_view code_name(Code code);
 
-// What ends an operation. Ordinary answers (queue full, no free block) are values instead.
-class Error : public std::runtime_error {
+// What ends an operation. Ordinary answers (queue full, no free block) are values instead. Copies
+// share their text and may be read and destroyed in different threads.
+class Error : public std::exception {
  public:
-  Error(Code code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  Error(Code code, std::string message)
+      : code_(code), message_(std::make_shared<const std::string>(std::move(message))) {}
+  // Declared, so that a move copies: an error that was moved from still has its text.
+  Error(const Error&) = default;
+  Error& operator=(const Error&) = default;
   [[nodiscard]] Code code() const { return code_; }
+  [[nodiscard]] const char* what() const noexcept override { return message_->c_str(); }
 
  private:
   Code code_;
+  std::shared_ptr<const std::string> message_;  // no copy of an exception may throw
 };
 
 // One finding of a validation: what is wrong, where, what was found, what was expected, how to fix.

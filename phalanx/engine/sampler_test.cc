@@ -364,8 +364,12 @@ TEST(Sampler, TakesOnlyWhatTheGuideAllows) {
         ASSERT_TRUE(result.valid);
         seen.insert(result.token);
       }
-      for (const int32_t token : seen) EXPECT_TRUE(token == 39 || token == 96 || token == 97) << token;
-      if (temperature > 0) EXPECT_GT(seen.size(), 1u);
+      for (const int32_t token : seen) {
+        EXPECT_TRUE(token == 39 || token == 96 || token == 97) << token;
+      }
+      if (temperature > 0) {
+        EXPECT_GT(seen.size(), 1u);
+      }
     }
   }
   // Fewer words than the vocabulary: what lies beyond may not come. No words: all may.
