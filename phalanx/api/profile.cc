@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <nlohmann/json.hpp>
 #include <string_view>
@@ -46,7 +47,8 @@ class Events {
   OrderedJson events_ = OrderedJson::array();
 };
 
-void add_rank(Events& events, int process, double begin_us, const StepTrace& step,
+// draft_ns: at the beginning of its step it computed the draft model.
+void add_rank(Events& events, int process, double begin_us, int64_t draft_ns, const StepTrace& step,
               const StepTrace::Rank& rank) {
   uint64_t wait = 0;
   uint64_t transfer = 0;
@@ -61,8 +63,10 @@ void add_rank(Events& events, int process, double begin_us, const StepTrace& ste
                    {"transfer_us", us_of_ticks(transfer)},
                    {"wait_us", us_of_ticks(wait)}};
   if (rank.dropped > 0) args["collectives_not_shown"] = rank.dropped;
+  auto at = static_cast<uint64_t>(draft_ns / engine::kTraceTickNs);
+  if (at > 0) args["draft_us"] = us_of_ticks(at);
   events.slice(process, "step", begin_us, us_of_ticks(rank.length), std::move(args));
-  uint64_t at = 0;
+  if (at > 0) events.slice(process, "draft", begin_us, us_of_ticks(at));
   const auto compute_until = [&](uint64_t end) {
     if (end > at) events.slice(process, "compute", begin_us + us_of_ticks(at), us_of_ticks(end - at));
   };
@@ -156,8 +160,11 @@ std::string to_chrome_trace(std::span<const StepTrace> steps, const std::map<int
                   {"tokens", step.tokens},
                   {"rows", step.rows}});
     events.slice(kHead, "sample", at(step.answered_ns), us_of_ns(step.end_ns - step.answered_ns));
-    for (size_t r = 0; r < step.ranks.size(); ++r)
-      add_rank(events, static_cast<int>(r) + 1, at(step.sent_ns), step, step.ranks[r]);
+    for (size_t r = 0; r < step.ranks.size(); ++r) {
+      const int64_t draft_ns = std::clamp<int64_t>(step.draft_ns, 0, step.answered_ns - step.sent_ns);
+      add_rank(events, static_cast<int>(r) + 1, at(step.sent_ns + (r == 0 ? 0 : draft_ns)),
+               r == 0 ? draft_ns : 0, step, step.ranks[r]);
+    }
   }
   return std::move(events).dump();
 }

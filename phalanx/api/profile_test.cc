@@ -68,6 +68,22 @@ TEST(Profile, ATraceHasHeadAndRanksOnOneTimeLine) {
   EXPECT_TRUE(found);
 }
 
+// Rank 0 computes the draft model first; the others' steps begin after that.
+TEST(Profile, ADraftModelsTimeIsShown) {
+  std::vector<StepTrace> steps = {step_of(8, 1'000'000)};
+  steps[0].draft_ns = 150'000;
+  const json trace = json::parse(to_chrome_trace(steps, {}));
+  EXPECT_DOUBLE_EQ(sum(trace, 1, "draft"), 150);
+  EXPECT_DOUBLE_EQ(sum(trace, 1, "compute"), 450);
+  EXPECT_DOUBLE_EQ(sum(trace, 2, "draft"), 0);
+  for (const json& event : trace.at("traceEvents")) {
+    if (event.at("name") != "step") continue;
+    const bool first = event.at("pid") == 1;
+    EXPECT_DOUBLE_EQ(event.at("ts").get<double>(), first ? 20 : 170);
+    EXPECT_EQ(event.at("args").contains("draft_us"), first);
+  }
+}
+
 TEST(Profile, TheRouteAnswersWithTheNextSteps) {
   Instance instance;
   instance.engine.steps_to_trace = {step_of(1, 0), step_of(2, 1'000'000)};

@@ -207,6 +207,7 @@ void Engine::State::compute_step() {
              .sent_ns = sent,
              .answered_ns = answered,
              .end_ns = end,
+             .draft_ns = timing.draft_ns,
              .sequences = header.num_sequences,
              .tokens = header.num_tokens,
              .rows = header.num_rows});

@@ -10,6 +10,7 @@ namespace phalanx::engine {
 namespace {
 
 constexpr size_t kKnownClients = 4096;
+constexpr int64_t kCatchUp = 256;  // tokens that the draft model was behind, in one step
 
 // Those that ran before keep their own order at the front.
 bool comes_before(const std::unique_ptr<Sequence>& a, const std::unique_ptr<Sequence>& b) {
@@ -28,6 +29,7 @@ Scheduler::Scheduler(const SchedulerOptions& options)
       pace_(options.decode_stretch) {
   running_.reserve(static_cast<size_t>(options.max_batch));
   rows_.reserve(static_cast<size_t>(options.max_batch));
+  if (has_draft_model()) block_followed_.resize(static_cast<size_t>(options.blocks));
 }
 
 int64_t Scheduler::blocks_for(int64_t tokens) const {
@@ -58,6 +60,16 @@ void Scheduler::preempt_youngest() {
   waiting_.push_front(std::move(victim));
 }
 
+// More blocks for a sequence, which the draft model has not seen.
+bool Scheduler::allocate(int64_t count, Sequence& s) {
+  const size_t before = s.blocks.size();
+  if (!pool_.allocate(count, s.blocks)) return false;
+  if (has_draft_model())
+    for (size_t i = before; i < s.blocks.size(); ++i)
+      block_followed_[static_cast<size_t>(s.blocks[i])] = false;
+  return true;
+}
+
 // Gives every running sequence the blocks for its newest token. True if one had to leave for it.
 bool Scheduler::make_room() {
   const uint64_t before = preemptions_;
@@ -66,7 +78,7 @@ bool Scheduler::make_room() {
     const int64_t missing = blocks_for(sequence->length()) - std::ssize(sequence->blocks);
     if (missing <= 0) continue;
     bool present = true;
-    while (present && !pool_.allocate(missing, sequence->blocks)) {
+    while (present && !allocate(missing, *sequence)) {
       present = running_.back().get() != sequence;
       preempt_youngest();
     }
@@ -87,13 +99,19 @@ bool Scheduler::take_blocks(Sequence& s) {
     return blocks_for(int64_t{r->prompt_count} + r->max_outputs - 1) > std::ssize(r->blocks);
   });
   const int64_t reserve = std::min(growing, options_.blocks / 64 + 1);
-  if (missing + reserve > pool_.free() || !pool_.allocate(missing, s.blocks)) {
+  if (missing + reserve > pool_.free() || !allocate(missing, s)) {
     pool_.release(s.blocks);
     return false;
   }
   s.computed = static_cast<int32_t>(known * options_.block_size);
   s.published = static_cast<int32_t>(known);
-  s.followed = s.computed;
+  s.followed = 0;
+  if (has_draft_model()) {
+    const auto hole = std::find_if(s.blocks.begin(), s.blocks.begin() + known, [&](int32_t block) {
+      return !block_followed_[static_cast<size_t>(block)];
+    });
+    s.followed = static_cast<int32_t>((hole - s.blocks.begin()) * options_.block_size);
+  }
   s.place = known > 0 ? pool_.place(s.blocks[static_cast<size_t>(known - 1)])
                       : PrefixIndex::root(s.salt);
   if (!s.begun) {
@@ -158,9 +176,9 @@ void Scheduler::admit(int64_t prefills, int64_t budget) {
 }
 
 bool Scheduler::plan(StepPlanWriter& writer, DraftOrderWriter& order) {
+  observe_step();
   const bool crowded = make_room();
   decodes_ = prompt_tokens_ = draft_tokens_ = 0;
-  follow_left_ = options_.draft_model_tokens;
   first_begun_ns_ = INT64_MAX;
   for (const auto& s : running_) {
     s->draft.clear();
@@ -169,6 +187,10 @@ bool Scheduler::plan(StepPlanWriter& writer, DraftOrderWriter& order) {
     ++decodes_;
     if (s->first_token_ns > 0) first_begun_ns_ = std::min(first_begun_ns_, s->first_token_ns);
   }
+  follows_ = has_draft_model() && decodes_ <= options_.draft_batch &&
+             draft_pace_.pays(std::max<int64_t>(1, decodes_));
+  follow_left_ = options_.draft_model_tokens;
+  catch_up_left_ = std::min(kCatchUp, follow_left_);
   int64_t budget =
       std::min(options_.max_prefill_tokens, options_.max_step_tokens - decodes_);
   rows_left_ = options_.max_step_rows - decodes_;
@@ -192,7 +214,7 @@ bool Scheduler::plan(StepPlanWriter& writer, DraftOrderWriter& order) {
     s->following = s->guessed_until = 0;
     if (s->planned == 0) continue;
     write(writer, *s);
-    if (has_draft_model()) follow(*s, planned, order);
+    if (follows_) follow(*s, planned, order);
     ++planned;
   }
   return planned > 0;
@@ -200,7 +222,7 @@ bool Scheduler::plan(StepPlanWriter& writer, DraftOrderWriter& order) {
 
 // Guesses for the sequences that decode, where the step has room for them.
 void Scheduler::draft() {
-  if (decodes_ == 0 || decodes_ > options_.draft_batch) return;
+  if (decodes_ == 0 || decodes_ > options_.draft_batch || (has_draft_model() && !follows_)) return;
   int64_t room = std::min(options_.max_step_tokens - decodes_ - prompt_tokens_, rows_left_);
   for (const auto& s : running_) {
     if (s->planned != 1 || s->computed != s->length() - 1 || s->outputs() == 0) continue;
@@ -209,12 +231,12 @@ void Scheduler::draft() {
     const int64_t behind = s->length() - s->followed;
     if (!has_draft_model()) {
       draft_by_lookup(s->tokens, options_.lookup, most, s->draft);
-    } else if (behind <= follow_left_) {
+    } else if (behind <= catch_up_left_) {
       s->draft.assign(static_cast<size_t>(most), 0);  // take_guesses()
     }
     const int64_t missing =
         blocks_for(s->length() + std::ssize(s->draft)) - std::ssize(s->blocks);
-    if (missing > 0 && (missing * 4 > pool_.free() || !pool_.allocate(missing, s->blocks)))
+    if (missing > 0 && (missing * 4 > pool_.free() || !allocate(missing, *s)))
       s->draft.resize(static_cast<size_t>(
           std::ssize(s->blocks) * options_.block_size - s->length()));
     const int64_t count = std::ssize(s->draft);
@@ -222,7 +244,7 @@ void Scheduler::draft() {
     s->planned += static_cast<int32_t>(count);
     room -= count;
     draft_tokens_ += count;
-    if (has_draft_model()) follow_left_ -= behind;
+    if (has_draft_model()) catch_up_left_ -= behind, follow_left_ -= behind;
     ++drafts_.drafts;
   }
   drafts_.tokens += static_cast<uint64_t>(draft_tokens_);
@@ -234,11 +256,12 @@ void Scheduler::follow(Sequence& s, int32_t index, DraftOrderWriter& order) {
   const int32_t known = s.computed + s.planned - guesses;
   int64_t count = known - s.followed;
   if (guesses == 0) {
-    const bool decodes = s.outputs() > 0 && known == s.length() && s.planned == 1;
-    if (decodes && count < options_.block_size) return;
-    count = std::min(count, follow_left_);
+    const bool decodes = s.planned == 1 && known == s.length();
+    const int64_t most = decodes ? catch_up_left_ : std::max<int64_t>(s.planned, kCatchUp);
+    count = std::min({count, follow_left_, most});
     if (count <= 0) return;
     follow_left_ -= count;
+    if (decodes) catch_up_left_ -= count;
   }
   s.following = static_cast<int32_t>(count);
   s.guessed_until = s.followed + s.following + std::max(0, guesses - 1);
@@ -246,6 +269,26 @@ void Scheduler::follow(Sequence& s, int32_t index, DraftOrderWriter& order) {
                           .subspan(static_cast<size_t>(s.followed), static_cast<size_t>(count));
   order.add(tokens, s.followed + s.following, s.blocks, static_cast<int32_t>(options_.block_size),
             index, guesses);
+}
+
+// What the last step tells of drafts, now that its guesses have been looked at.
+void Scheduler::observe_step() {
+  if (has_draft_model() && step_ns_ > 0 && decodes_ > 0 && prompt_tokens_ == 0 &&
+      decodes_ <= options_.draft_batch) {
+    const auto accepted = static_cast<int64_t>(drafts_.accepted - accepted_before_);
+    // A step that only lets the draft model catch up is neither way.
+    if (!follows_ || draft_tokens_ > 0)
+      draft_pace_.observe(decodes_, draft_tokens_ > 0, decodes_ + accepted, step_ns_);
+  }
+  accepted_before_ = drafts_.accepted;
+  step_ns_ = 0;
+}
+
+// The blocks that the draft model has filled since it had computed `before` tokens.
+void Scheduler::note_followed(Sequence& s, int32_t before) {
+  const auto size = options_.block_size;
+  for (int64_t block = before / size; (block + 1) * size <= s.followed; ++block)
+    block_followed_[static_cast<size_t>(s.blocks[static_cast<size_t>(block)])] = true;
 }
 
 void Scheduler::take_guesses(std::span<const int32_t> guesses) {
@@ -260,7 +303,11 @@ void Scheduler::take_guesses(std::span<const int32_t> guesses) {
 
 void Scheduler::accept_draft(Sequence& s, int32_t place) {
   ++s.computed;
-  s.followed = std::max(s.followed, std::min(s.computed, s.guessed_until));
+  if (has_draft_model()) {
+    const int32_t before = s.followed;
+    s.followed = std::max(s.followed, std::min(s.computed, s.guessed_until));
+    note_followed(s, before);
+  }
   ++drafts_.accepted;
   ++drafts_.accepted_by_place[static_cast<size_t>(place)];
 }
@@ -292,8 +339,7 @@ void Scheduler::write(StepPlanWriter& writer, Sequence& s) {
 void Scheduler::publish(Sequence& s) {
   const std::span<const int32_t> tokens(s.tokens);
   const auto size = static_cast<size_t>(options_.block_size);
-  const int32_t whole = has_draft_model() ? std::min(s.computed, s.followed) : s.computed;
-  for (; (s.published + 1) * options_.block_size <= whole; ++s.published) {
+  for (; (s.published + 1) * options_.block_size <= s.computed; ++s.published) {
     const auto block = static_cast<size_t>(s.published);
     s.place = pool_.publish(s.place, tokens.subspan(block * size, size), s.blocks[block]);
   }
@@ -301,9 +347,11 @@ void Scheduler::publish(Sequence& s) {
 
 void Scheduler::advance(int64_t ns) {
   if (ns > 0) pace_.observe(decodes_ + draft_tokens_, prompt_tokens_, ns);
+  step_ns_ = ns;
   for (const auto& s : running_) {
     s->computed += s->planned - static_cast<int32_t>(s->draft.size());
     s->followed += s->following;
+    if (s->following > 0) note_followed(*s, s->followed - s->following);
     s->planned = 0;
     if (pool_.shares_prefixes()) publish(*s);
   }
@@ -314,6 +362,8 @@ void Scheduler::restart(int64_t blocks) {
                      .block_size = options_.block_size,
                      .share_prefixes = options_.share_prefixes});
   options_.blocks = blocks;
+  block_followed_.assign(has_draft_model() ? static_cast<size_t>(blocks) : 0, false);
+  step_ns_ = 0;
   rows_.clear();
   while (!running_.empty()) {
     std::unique_ptr<Sequence> sequence = std::move(running_.back());

@@ -11,6 +11,7 @@
 
 #include "phalanx/engine/block_pool.h"
 #include "phalanx/engine/draft_order.h"
+#include "phalanx/engine/draft_pace.h"
 #include "phalanx/engine/engine_options.h"
 #include "phalanx/engine/prefill_pace.h"
 #include "phalanx/engine/prompt_lookup.h"
@@ -67,10 +68,11 @@ struct DraftCounts {
 // (accept_draft()); a draft that is all right doubles the sequence's next, one that is all wrong halves
 // it.
 //
-// A draft model keeps its own KV cache in the same blocks. It follows prompts in the steps that compute
-// them, and a sequence that decodes without a draft a block at a time. A block is published when both
-// models have computed it, so whoever finds it may draft at once. Of a draft, what was accepted stays
-// computed in both; the last guess the draft model has yet to compute itself.
+// A draft model keeps its own KV cache in the same blocks. While drafts pay (DraftPace) it follows
+// prompts in the steps that compute them; where it is behind, it catches up by a few tokens per step
+// before a sequence drafts. Which blocks its cache holds is known of each, those published included.
+// Of a draft, what was accepted stays computed in both models; the last guess the draft model has yet
+// to compute itself.
 //
 // A sequence begins with the blocks that are published for its first tokens, and publishes its own
 // as they fill. The last token is always computed, for its logits.
@@ -131,6 +133,9 @@ class Scheduler {
   void admit(int64_t prefills, int64_t budget);
   void draft();
   void follow(Sequence& sequence, int32_t index, DraftOrderWriter& order);
+  void observe_step();
+  void note_followed(Sequence& sequence, int32_t before);
+  [[nodiscard]] bool allocate(int64_t count, Sequence& sequence);
   [[nodiscard]] bool has_draft_model() const { return options_.draft_model_tokens > 0; }
   void write(StepPlanWriter& writer, Sequence& sequence);
 
@@ -150,7 +155,13 @@ class Scheduler {
   int64_t decodes_ = 0, prompt_tokens_ = 0, draft_tokens_ = 0, rows_left_ = 0;
   int64_t first_begun_ns_ = 0;  // when the oldest of those that decode got its first token
   std::vector<int32_t> drafted_;  // one sequence's newest token and its draft
-  int64_t follow_left_ = 0;       // tokens that the draft model may still take
+  DraftPace draft_pace_;
+  std::vector<bool> block_followed_;  // by block: the draft model's cache holds all of it
+  bool follows_ = false;           // in the step being planned the draft model is of use
+  int64_t follow_left_ = 0;        // tokens that it may still take,
+  int64_t catch_up_left_ = 0;      // and of sequences that decode
+  int64_t step_ns_ = 0;            // of the last step; 0: unknown
+  uint64_t accepted_before_ = 0;   // drafts_.accepted before that step
   uint64_t preemptions_ = 0, cached_tokens_ = 0;
   DraftCounts drafts_;
 };

@@ -38,6 +38,7 @@ struct StepTrace {
   int64_t sent_ns = 0;
   int64_t answered_ns = 0;  // logits are here
   int64_t end_ns = 0;       // tokens are sampled
+  int64_t draft_ns = 0;     // rank 0 computed the draft model, before the others got the plan
   int64_t sequences = 0;
   int64_t tokens = 0;
   int64_t rows = 0;

@@ -60,10 +60,11 @@ struct Answer final : EventSink {
 // Rank threads around a channel, as a supervisor would have processes.
 class Ranks {
  public:
-  explicit Ranks(std::vector<int> node_of, std::string logits_folder = "")
-      : ranks_(node_of), pages(node_of.size()), errors(node_of.size()) {
+  explicit Ranks(std::vector<int> node_of, std::string logits_folder = "",
+                 const StepLimits& limits = kLimits)
+      : limits_(limits), ranks_(node_of), pages(node_of.size()), errors(node_of.size()) {
     options_ = {.generation = kGeneration,
-                .limits = kLimits,
+                .limits = limits,
                 .idle_seconds = 20,
                 .logits_folder = std::move(logits_folder)};
   }
@@ -81,9 +82,12 @@ class Ranks {
           model.on_forward = [&](const models::StepInputs&, float*) { group->barrier(); };
           if (adjust) adjust(*group, model);
           std::optional<StepChannelRank> channel;
-          if (rank == 0) channel.emplace(memory_.get(), kLimits);
+          if (rank == 0) channel.emplace(memory_.get(), limits_);
+          HistoryModel draft(kLimits.blocks, kLimits.block_size);
+          std::optional<Drafter> drafter;
+          if (rank == 0 && limits_.draft_sequences > 0) drafter.emplace(draft, limits_);
           run_worker(options_, model, *group, channel ? &*channel : nullptr,
-                     &pages[static_cast<size_t>(rank)]);
+                     &pages[static_cast<size_t>(rank)], drafter ? &*drafter : nullptr);
         } catch (const std::exception& error) {
           errors[static_cast<size_t>(rank)] = error.what();
         }
@@ -103,13 +107,14 @@ class Ranks {
   }
 
  private:
+  const StepLimits limits_;
   comm::TestRanks ranks_;
-  UniqueFd memory_ = create_step_channel(kLimits);
+  UniqueFd memory_ = create_step_channel(limits_);
   WorkerOptions options_;
   std::vector<std::thread> threads_;
 
  public:
-  StepChannelHead head{memory_.get(), kLimits};
+  StepChannelHead head{memory_.get(), limits_};
   std::vector<RankPage> pages;
   std::vector<std::string> errors;
 };
@@ -126,9 +131,11 @@ GenerateRequest request_of(int number, size_t prompt, int32_t max_tokens) {
 }
 
 // Runs requests; the first one has a plan larger than the first piece.
-std::vector<std::vector<int32_t>> answers(Ranks& ranks, bool together) {
+std::vector<std::vector<int32_t>> answers(Ranks& ranks, bool together,
+                                          const EngineOptions& options = engine_options(),
+                                          EngineStats* stats = nullptr) {
   ChannelExecutor executor(ranks.head);
-  Engine engine(engine_options(), executor);
+  Engine engine(options, executor);
   std::vector<std::shared_ptr<Answer>> sinks;
   for (int i = 0; i < 6; ++i) {
     sinks.push_back(std::make_shared<Answer>());
@@ -146,6 +153,7 @@ std::vector<std::vector<int32_t>> answers(Ranks& ranks, bool together) {
     EXPECT_EQ(sink->last.finish, FinishReason::kLength);
     tokens.push_back(sink->tokens);
   }
+  if (stats != nullptr) *stats = engine.stats();
   return tokens;
 }
 
@@ -250,6 +258,68 @@ TEST(Worker, AdaptersWhoseFilesDifferAreRefused) {
   }
   ranks.head.abort("done");
   ranks.join();
+}
+
+// Every rank gets plans in which rank 0's guesses stand, and computes them: its KV cache has them.
+TEST(Worker, ADraftModelOnRank0ChangesNoTokenOfAnyRank) {
+  Ranks plain({0, 1, 1});
+  plain.start();
+  const auto expected = answers(plain, true);
+  plain.stop();
+  EngineOptions options = engine_options();
+  options.draft_tokens = 4;
+  options.draft_model = true;
+  StepLimits limits = kLimits;
+  limits.draft_sequences = options.draft_batch;
+  Ranks ranks({0, 1, 1}, "", limits);
+  std::mutex mutex;
+  std::map<int, std::vector<int32_t>> computed;  // by rank
+  ranks.start([&](comm::Group& group, HistoryModel& model) {
+    model.on_forward = [&](const models::StepInputs& in, float*) {
+      group.barrier();
+      const std::lock_guard lock(mutex);
+      auto& tokens = computed[group.rank()];
+      tokens.insert(tokens.end(), in.tokens.begin(), in.tokens.end());
+    };
+  });
+  EngineStats stats;
+  EXPECT_EQ(answers(ranks, true, options, &stats), expected);
+  ranks.stop();
+  for (const std::string& error : ranks.errors) EXPECT_EQ(error, "");
+  EXPECT_GT(stats.accepted_draft_tokens, 20u);
+  EXPECT_GT(stats.draft_ns, 0u);
+  EXPECT_LE(stats.draft_ns, stats.compute_ns);
+  ASSERT_EQ(computed.size(), 3u);
+  EXPECT_EQ(computed[1], computed[0]);
+  EXPECT_EQ(computed[2], computed[0]);
+}
+
+TEST(Worker, ADraftOrderWithoutADraftModelIsRefused) {
+  StepLimits limits = kLimits;
+  limits.draft_sequences = 2;
+  const UniqueFd memory = create_step_channel(limits);
+  StepChannelHead head(memory.get(), limits);
+  StepPlanWriter plan;
+  plan.begin(StepKind::kCompute, kGeneration, 1);
+  plan.add_sequence(std::vector<int32_t>{1}, 1, std::vector<int32_t>{0}, 8, true);
+  DraftOrderWriter order;
+  order.begin(kGeneration, 1);
+  order.add(std::vector<int32_t>{1}, 1, std::vector<int32_t>{0}, 8, 0, 0);
+  head.send(plan.finish(), order.finish());
+  StepChannelRank channel(memory.get(), limits);
+  const auto alone = comm::single_group();
+  comm::TracedGroup group(*alone);
+  HistoryModel model(limits.blocks, limits.block_size);
+  EXPECT_THROW(run_worker({.generation = kGeneration, .limits = limits, .idle_seconds = 5}, model,
+                          group, &channel, nullptr),
+               Error);
+  try {
+    (void)head.wait_logits(Deadline::in_seconds(5), nullptr);
+    ADD_FAILURE() << "the step was answered";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("rank 0 has no draft model"), std::string::npos)
+        << error.what();
+  }
 }
 
 TEST(Worker, TracedStepsTellWhenEveryRankDidWhat) {
