@@ -40,6 +40,7 @@ struct Settings {
   std::vector<int64_t> sizes;
   std::vector<std::string> transports;
   bool cut = true;
+  bool ucx = false;
   std::shared_ptr<const phalanx::net::TlsMaterial> tls;
 };
 
@@ -52,6 +53,7 @@ struct Board {
   std::atomic<int> ports[kMaxRanks];
   std::atomic<int> raw_ports[kMaxRanks];
   std::atomic<int> tls_ports[kMaxRanks];
+  std::atomic<int> ucx_ports[kMaxRanks];
 };
 
 template <typename Ready>
@@ -162,14 +164,14 @@ void against_floor(Group& group, Floor& floor, const Settings& settings, const s
   }
 }
 
-// The same operations on links in clear and under TLS 1.3.
-void cost_of_tls(Group& clear, Group& tls, const Settings& settings, const std::string& name) {
+// The same operations on links over TCP in clear and on others.
+void compare_links(Group& clear, Group& other, const Settings& settings, const std::string& title,
+                   const char* column) {
   if (clear.rank() == 0)
     fmt::print(
-        "\nThe cost of TLS 1.3, {} ranks, {}. Medians in us.\n"
+        "\n{}. Medians in us.\n"
         "{:>9} | {:>10} {:>10} {:>6} | {:>10} {:>10} {:>6}\n",
-        clear.size(), name, "bytes", "all_gather", "under TLS", "ratio", "all_reduce", "under TLS",
-        "ratio");
+        title, "bytes", "all_gather", column, "ratio", "all_reduce", column, "ratio");
   for (const int64_t bytes : settings.sizes) {
     std::vector<std::byte> matrix(static_cast<size_t>(clear.size()) * bytes);
     std::vector<float> values(bytes / 4);
@@ -182,9 +184,9 @@ void cost_of_tls(Group& clear, Group& tls, const Settings& settings, const std::
     };
     const auto result =
         measure({{write_block, [&] { clear.all_gather(matrix.data(), 1, row_bytes); }},
-                 {write_block, [&] { tls.all_gather(matrix.data(), 1, row_bytes); }},
+                 {write_block, [&] { other.all_gather(matrix.data(), 1, row_bytes); }},
                  {write_values, [&] { clear.all_reduce(values); }},
-                 {write_values, [&] { tls.all_reduce(values); }}},
+                 {write_values, [&] { other.all_reduce(values); }}},
                 turns_for(bytes), settings.rounds);
     if (values.back() != static_cast<float>(clear.size() * (clear.size() + 1) / 2))
       throw Error(Code::kDataLoss, "bench: wrong sum");
@@ -326,8 +328,8 @@ void run_rank(const Settings& settings, const std::string& transport, int rank, 
                                .host = fmt::format("bench-{}", other),
                                .data_address = addresses.back()});
   }
-  UniqueFd listener, raw_listener, tls_listener;
-  GroupOptions under_tls;
+  UniqueFd listener, raw_listener, tls_listener, ucx_listener;
+  GroupOptions under_tls, over_ucx;
   std::vector<uint16_t> raw_ports;
   if (!shm) {
     uint16_t port = 0;
@@ -335,6 +337,8 @@ void run_rank(const Settings& settings, const std::string& transport, int rank, 
     board.raw_ports[rank].store(port);
     tls_listener = listen_on(addresses[rank], 0, 0, &port);
     board.tls_ports[rank].store(port);
+    ucx_listener = listen_on(addresses[rank], 0, 0, &port);
+    board.ucx_ports[rank].store(port);
     listener = listen_on(addresses[rank], 0, 0, &port);
     board.ports[rank].store(port);
     for (int other = 0; other < settings.ranks; ++other) {
@@ -346,6 +350,10 @@ void run_rank(const Settings& settings, const std::string& transport, int rank, 
     under_tls.tls = settings.tls;
     for (int other = 0; other < settings.ranks; ++other)
       under_tls.members[other].data_port = static_cast<uint16_t>(board.tls_ports[other].load());
+    over_ucx = options;
+    over_ucx.transport = Transport::kUcx;
+    for (int other = 0; other < settings.ranks; ++other)
+      over_ucx.members[other].data_port = static_cast<uint16_t>(board.ucx_ports[other].load());
   }
   std::unique_ptr<Floor> floor;
   if (shm) {
@@ -362,8 +370,15 @@ void run_rank(const Settings& settings, const std::string& transport, int rank, 
   against_floor(*group, *floor, settings, name);
   if (!shm) {
     const auto encrypted = form_group(under_tls, tls_listener.get(), -1);
-    cost_of_tls(*group, *encrypted, settings, name);
+    compare_links(*group, *encrypted, settings,
+                  fmt::format("The cost of TLS 1.3, {} ranks, {}", settings.ranks, name), "under TLS");
     encrypted->barrier();
+  }
+  if (!shm && settings.ucx) {
+    const auto ucx = form_group(over_ucx, ucx_listener.get(), -1);
+    compare_links(*group, *ucx, settings,
+                  fmt::format("UCX beside {}, {} ranks", name, settings.ranks), "over UCX");
+    ucx->barrier();
   }
   if (settings.cut) compare_cuts(*group, settings, name);
   group->barrier();
@@ -448,6 +463,7 @@ int bench_collectives(int argc, char** argv) {
   app.add_option("--transport", transports, "of shm, tcp (loopback), veth, separated by commas");
   app.add_option("--rounds", settings.rounds, "interleaved blocks of turns per case")
       ->check(CLI::Range(1, 1000));
+  app.add_flag("--ucx", settings.ucx, "also links over UCX, beside those over TCP");
   app.add_flag("!--no-cut", settings.cut, "leave out the comparison of the cuts");
   CLI11_PARSE(app, argc, argv);
   try {
@@ -467,6 +483,10 @@ int bench_collectives(int argc, char** argv) {
                     fmt::format("--transport: found \"{}\", expected shm, tcp or veth", transport));
       settings.transports.push_back(transport);
     }
+    prepare_environment_for_ucx();  // while there is one thread
+    if (settings.ucx)
+      if (const std::string why = ucx_problem(); !why.empty())
+        throw Error(Code::kUnimplemented, "--ucx: " + why);
     settings.tls = bench_certificate();
     bool good = true;
     for (const std::string& transport : settings.transports)

@@ -235,6 +235,7 @@ json run_layout(const BenchArguments& a, const BenchLayout& layout, uint32_t see
     const HostResources host = host_resources();
     NodeConfig config = node_config(a, layout, node, control_port, longest);
     if (certificates) config.inter_node = certificates->of(config.table, node);
+    if (layout.ucx) config.inter_node.transport = comm::Transport::kUcx;
     NodePlan plan = plan_node(config, host);
     place(layout, node, host, plan);
     Instance instance(config, plan);
@@ -359,7 +360,7 @@ int bench_engine(int argc, char** argv) {
   app.add_option("--model", a.model, "checkpoint directory (phalanx make-random-model makes one)")->required();
   app.add_option("--layout", a.layouts,
                  "nodes as RANKSxTHREADS joined by '+': 1x2, 2x1, 1x1+1x1 (TCP over loopback), "
-                 "veth:1x1+1x1 (TCP over a veth pair), tls:veth:1x1+1x1 (the same under TLS); several are "
+                 "veth:1x1+1x1 (TCP over a veth pair), tls:veth:1x1+1x1 (the same under TLS), ucx:1x1+1x1 (over UCX); several are "
                  "measured in turn, and the cost of TLS is printed where both are there")->delimiter(',');
   app.add_option("--tp", a.tp, "without --layout: ranks of one node")->check(CLI::Range(1, 64));
   app.add_option("--threads", a.threads, "without --layout: per rank; 0: cores divided by ranks")->check(CLI::Range(0, 1024));

@@ -81,22 +81,23 @@ std::string BenchLayout::address(int node) const {
 }
 
 BenchLayout parse_layout(const std::string& text) {
-  static const std::regex whole("(tls:)?(veth:)?[0-9]{1,2}x[0-9]{1,4}(\\+[0-9]{1,2}x[0-9]{1,4})*");
+  static const std::regex whole("(tls:|ucx:)?(veth:)?[0-9]{1,2}x[0-9]{1,4}(\\+[0-9]{1,2}x[0-9]{1,4})*");
   static const std::regex node("([0-9]+)x([0-9]+)");
-  BenchLayout layout{.name = text, 
+  BenchLayout layout{.name = text,
                      .tls = text.starts_with("tls:"),
+                     .ucx = text.starts_with("ucx:"),
                      .veth = text.find("veth:") != std::string::npos,
                      .nodes = {}};
   const bool shaped = std::regex_match(text, whole);
   for (std::sregex_iterator at(text.begin(), text.end(), node), end; shaped && at != end; ++at)
     layout.nodes.push_back({std::stoi((*at)[1]), std::stoi((*at)[2])});
-  bool good = shaped && (!(layout.veth || layout.tls) || layout.nodes.size() >= 2);
+  bool good = shaped && (!(layout.veth || layout.tls || layout.ucx) || layout.nodes.size() >= 2);
   for (const BenchLayout::Node& n : layout.nodes) good = good && n.ranks > 0 && n.threads > 0;
   if (!good)
     throw Error(Code::kInvalidArgument,
                 fmt::format("--layout: found \"{}\", expected nodes as RANKSxTHREADS joined by '+', "
                             "such as 1x2, 2x1, 1x1+1x1, veth:1x1+1x1 for two or more nodes in "
-                            "network namespaces, or tls: before those of several nodes",
+                            "network namespaces, tls: or ucx: before those of several nodes",
                             text));
   return layout;
 }

@@ -8,7 +8,8 @@ namespace phalanx::apps {
 
 // Ranks of one bench: "1x2" is one node with one rank of two threads; "2x1" two ranks of one thread
 // joined by shared memory; "1x1+1x1" two nodes joined by TCP over loopback; "veth:1x1+1x1" the same
-// over a veth pair between network namespaces; with "tls:" before either, under TLS 1.3.
+// over a veth pair between network namespaces; with "tls:" before either, under TLS 1.3;
+// with "ucx:", tensors over UCX.
 struct BenchLayout {
   struct Node {
     int ranks = 1;
@@ -16,6 +17,7 @@ struct BenchLayout {
   };
   std::string name;
   bool tls = false;
+  bool ucx = false;
   bool veth = false;
   std::vector<Node> nodes;
 

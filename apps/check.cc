@@ -82,9 +82,14 @@ void check_certificates(const NodeConfig& config, CheckReport& report) {
     certificates.look("between nodes", *config.inter_node.material);
     report.facts.push_back(
         fmt::format("between nodes: TLS on the control port{}",
-                    config.inter_node.data_plane ? " and the data ports" : ", clear data ports"));
+                    config.inter_node.transport == comm::Transport::kUcx
+                        ? " and for the proof on the data ports, tensors in clear over UCX"
+                    : config.inter_node.data_plane ? " and the data ports"
+                                                   : ", clear data ports"));
   } else if (config.table.servers.size() > 1 && report.problems.empty()) {
-    report.facts.push_back("between nodes: no TLS, no certificates needed");
+    report.facts.push_back(config.inter_node.transport == comm::Transport::kUcx
+                               ? "between nodes: no TLS, no certificates needed, tensors over UCX"
+                               : "between nodes: no TLS, no certificates needed");
   }
   if (!is_master(config)) return;
   const ServerConfig& server = config.server;

@@ -428,6 +428,8 @@ std::vector<std::pair<std::string, std::string>> shared_settings(const NodeConfi
       {"maxPreemptCount", std::to_string(schedule.max_preempt_count)},
       {"multiNodesInferEnabled", config.backend.multi_nodes ? "true" : "false"},
       {"multiNodesInferPort", std::to_string(config.backend.multi_nodes_port)},
+      {"tensors between nodes",
+       config.inter_node.transport == comm::Transport::kUcx ? "over UCX" : "over TCP"},
   };
 }
 

@@ -67,11 +67,12 @@ std::string security_home(const std::string& home, const std::string& certs,
 InterNodeTls load_inter_node_tls(const InterNodeRequest& request, const InterNodeKeys& keys,
                                  Problems& problems, Problems& warnings) {
   const std::string& mode = request.data_plane;
-  if (!mode.empty() && mode != "tls" && mode != "clear") {
+  const bool ucx = mode == "ucx" || mode == "clear,ucx" || mode == "ucx,clear";
+  if (!mode.empty() && mode != "tls" && mode != "clear" && !ucx) {
     problems.add({.what = "unknown data plane",
                   .where = "environment variable PHALANX_DATA_PLANE",
                   .found = mode,
-                  .expected = "tls or clear",
+                  .expected = "tls, clear, ucx, or clear,ucx",
                   .fix = "unset it, or export PHALANX_DATA_PLANE=tls"});
     return {};
   }
@@ -84,6 +85,28 @@ InterNodeTls load_inter_node_tls(const InterNodeRequest& request, const InterNod
   }
   const bool several = request.table.servers.size() > 1;
   const bool on = several && request.written.value_or(!loopback);
+  comm::Transport transport = comm::Transport::kTcp;
+  if (ucx && several) {
+    transport = comm::Transport::kUcx;
+    if (const std::string why = comm::ucx_problem(); !why.empty())
+      problems.add({.what = "there are no links over UCX here",
+                    .where = "environment variable PHALANX_DATA_PLANE",
+                    .found = mode,
+                    .expected = "tls or clear",
+                    .fix = why});
+    else if (on && mode == "ucx")
+      problems.add({.what = "UCX carries tensors in clear, and TLS between nodes is on",
+                    .where = "environment variable PHALANX_DATA_PLANE",
+                    .found = mode,
+                    .expected = "tls, or clear,ucx, which admits clear text by name",
+                    .fix = "unset it, or, in a closed network, export PHALANX_DATA_PLANE=clear,ucx"});
+    else
+      warnings.add({.what = "tensors travel over UCX: in clear, and whoever reaches its ports can read "
+                            "and write the memory of ranks. For closed networks only",
+                    .where = "environment variable PHALANX_DATA_PLANE",
+                    .found = mode,
+                    .fix = "unset it where others share the network"});
+  }
   if (!on) {
     if (several && !loopback)
       warnings.add({.what = "TLS between nodes is off: prompts and tensors cross the network in "
@@ -96,7 +119,7 @@ InterNodeTls load_inter_node_tls(const InterNodeRequest& request, const InterNod
                     .found = "tls",
                     .expected = "clear, or TLS between nodes",
                     .fix = "unset it, or switch TLS between nodes on"});
-    return {};
+    return {.transport = transport};
   }
   const std::string own = request.table.servers[static_cast<size_t>(request.own_server)].address();
   const std::string home = security_home(request.home, request.certs, own);
@@ -119,7 +142,8 @@ InterNodeTls load_inter_node_tls(const InterNodeRequest& request, const InterNod
                             request.how_to_switch_off)});
     return {};
   }
-  InterNodeTls tls{net::TlsMaterial::load(files, needs, problems, warnings), mode != "clear"};
+  InterNodeTls tls{net::TlsMaterial::load(files, needs, problems, warnings), mode != "clear",
+                   transport};
   if (tls.material != nullptr && mode == "clear")
     warnings.add({.what = "tensors cross the network in clear",
                   .where = "environment variable PHALANX_DATA_PLANE",

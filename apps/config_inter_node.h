@@ -9,6 +9,7 @@
 
 #include "apps/config_section.h"
 #include "phalanx/cluster/rank_table.h"
+#include "phalanx/comm/bootstrap.h"
 #include "phalanx/net/tls_material.h"
 
 namespace phalanx::apps {
@@ -31,7 +32,8 @@ void read_inter_node_keys(ConfigSection& section, InterNodeKeys& keys);
 
 struct InterNodeTls {
   std::shared_ptr<const net::TlsMaterial> material;  // null: in the clear
-  bool data_plane = false;                           // tensors too
+  bool data_plane = false;                           // data ports too
+  comm::Transport transport = comm::Transport::kTcp;  // of tensors; over UCX they are in clear
 };
 
 struct InterNodeRequest {

@@ -536,7 +536,21 @@ TEST_F(ConfigTest, TlsBetweenNodesIsOnUnlessLoopbackOrSwitchedOff) {
   environment_["PHALANX_DATA_PLANE"] = "tls";
   EXPECT_TRUE(contains(refusal(), "data plane cannot run under TLS")) << refusal();
   environment_["PHALANX_DATA_PLANE"] = "ucx";
-  EXPECT_TRUE(contains(refusal(), "expected tls or clear")) << refusal();
+  if (const std::string why = comm::ucx_problem(); !why.empty()) {
+    EXPECT_TRUE(contains(refusal(), "there are no links over UCX here")) << refusal();
+    EXPECT_TRUE(contains(refusal(), why)) << refusal();
+    return;
+  }
+  EXPECT_FALSE(contains(refusal(), "PHALANX_DATA_PLANE")) << refusal();
+  environment_["PHALANX_DATA_PLANE"] = "rdma";
+  EXPECT_TRUE(contains(refusal(), "expected tls, clear, ucx, or clear,ucx")) << refusal();
+  backend()["interNodeTLSEnabled"] = true;
+  environment_["PHALANX_DATA_PLANE"] = "ucx";
+  EXPECT_TRUE(contains(refusal(), "UCX carries tensors in clear, and TLS between nodes is on"))
+      << refusal();
+  EXPECT_TRUE(contains(refusal(), "export PHALANX_DATA_PLANE=clear,ucx")) << refusal();
+  environment_["PHALANX_DATA_PLANE"] = "clear,ucx";
+  EXPECT_FALSE(contains(refusal(), "PHALANX_DATA_PLANE")) << refusal();
 }
 
 TEST_F(ConfigTest, SingleNodeRefusesTheTableOfTwoServers) {

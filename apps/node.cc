@@ -462,6 +462,7 @@ void Node::connect(const std::vector<comm::Member>& members) {
                       {"tls", config_.inter_node.data_plane
                                   ? to_json(config_.inter_node.material->files())
                                   : nlohmann::json()},
+                      {"ucx", config_.inter_node.transport == comm::Transport::kUcx},
                       {"connect_seconds", seconds}},
                      "connected", Deadline::in_seconds(seconds + kRankAnswerSeconds));
 }

@@ -140,6 +140,8 @@ std::unique_ptr<comm::Group> connect(const json& order, const RankSpec& spec,
                            .generation = spec.generation,
                            .token = token_from_hex(order.at("token").get<std::string>()),
                            .tls = tls,
+                           .transport = order.at("ucx").get<bool>() ? comm::Transport::kUcx
+                                                                    : comm::Transport::kTcp,
                            .connect_seconds = order.at("connect_seconds").get<double>(),
                            .abandoned = [&orders] { return orders.aborted(); }},
                           is_open(kListenerFd) ? kListenerFd : -1,
@@ -235,6 +237,7 @@ int rank_main() {
   // The node process ends its ranks in order, and its death closes their socket; this is for a rank
   // that no longer looks at its socket. The node's spawning thread lives as long as the node.
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  comm::prepare_environment_for_ucx();  // while there is one thread
   ::signal(SIGPIPE, SIG_IGN);
   ::signal(SIGINT, SIG_IGN);  // a terminal's Ctrl-C reaches the whole group; the node decides
   ::signal(SIGTERM, SIG_IGN);

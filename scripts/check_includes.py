@@ -12,7 +12,7 @@ FLOORS = [["base"], ["net", "tensor", "text"], ["quant", "comm"], ["ops", "weigh
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Pairs on one floor, or upwards, that the design names.
 ALLOWED = {("cluster", "comm")}
-OWNERS = {r"grpcpp?/|google/protobuf": {"cluster"}, r"boost/": {"api"}, r"openssl/": {"net", "api"},
+OWNERS = {r"grpcpp?/|google/protobuf": {"cluster"}, r"boost/": {"api"}, r"openssl/": {"net", "api"}, r"uc[pst]/": {"comm"},
           r"nlohmann/json\.hpp": None}  # None: any room, but only in a .cc
 
 root = pathlib.Path(__file__).resolve().parent.parent

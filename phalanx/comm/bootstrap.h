@@ -30,6 +30,18 @@ using Token = std::array<std::byte, 32>;  // one-time, from the control plane
 // A new one, of the system's random numbers.
 [[nodiscard]] Token random_token();
 
+// What carries the bytes between nodes once a link has proved itself.
+enum class Transport {
+  kTcp,  // in clear or under TLS
+  kUcx,  // always in clear, and UCX takes orders from whoever reaches its port: closed networks only
+};
+
+// Why this process cannot have links over UCX, with how to mend it; "" when it can. Loads UCX.
+[[nodiscard]] std::string ucx_problem();
+// What UCX reads when it is loaded, set where the environment does not. Changes the environment: to be
+// called while there is one thread.
+void prepare_environment_for_ucx();
+
 struct GroupOptions {
   std::vector<Member> members;     // by rank
   int rank = 0;                    // own rank
@@ -38,6 +50,8 @@ struct GroupOptions {
   // Links between nodes run under TLS 1.3: each side shows this certificate, and the peer's must
   // name its data_address and, if it names a role, an inter-node one. Null: links in the clear.
   std::shared_ptr<const net::TlsMaterial> tls;
+  // kUcx: `tls` protects the proof, the exchange of addresses and farewells, not the payload.
+  Transport transport = Transport::kTcp;
   double connect_seconds = 120;    // forming the group
   double operation_seconds = 120;  // cap for one collective
   // Asked at least every 100 ms while the group forms: why to give up, or "". Null: never.
@@ -56,8 +70,8 @@ struct GroupOptions {
 [[nodiscard]] UniqueFd create_node_memory(int local_ranks);
 
 // Connects this rank to all others: shared memory within the node (node_memory, may be -1 when it
-// is alone on its node), TCP between nodes (listener, may be -1 when there is one node), and runs a
-// self-test. Blocks up to connect_seconds; throws Error naming who is missing.
+// is alone on its node), TCP or UCX between nodes (listener, may be -1 when there is one node), and
+// runs a self-test. Blocks up to connect_seconds; throws Error naming who is missing.
 // `local_index` is this rank's place among the ranks of its node, in rank order.
 [[nodiscard]] std::unique_ptr<Group> form_group(const GroupOptions& options, int listener,
                                                 int node_memory);

@@ -212,9 +212,12 @@ void Exchange::sleep() {
     const bool receiving = incoming_[peer].active;
     const bool sending = outgoing_[peer].active;
     if (ignored_[peer] && !receiving && !sending) continue;
+    if (!links_[peer]->prepare_sleep()) return;
     polled_.push_back({links_[peer]->fd(), links_[peer]->events(receiving, sending), 0});
     polled_ranks_.push_back(static_cast<int>(peer));
   }
+  for (const int peer : polled_ranks_)
+    if (const int wake = links_[peer]->wake_fd(); wake >= 0) polled_.push_back({wake, POLLIN, 0});
   if (::poll(polled_.data(), polled_.size(), kSliceMs) <= 0) {
     look_for_silence();
     return;

@@ -2,6 +2,7 @@
 
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <poll.h>
@@ -46,6 +47,8 @@ class Exchange {
   void farewell(const FarewellFrame& frame) noexcept;
   [[nodiscard]] const Stats& stats() const { return stats_; }
   [[nodiscard]] bool has_links() const { return has_links_; }
+  // For another transport to take over; this exchanges nothing any more.
+  [[nodiscard]] std::vector<std::unique_ptr<Link>> take_links() { return std::exchange(links_, {}); }
 
  private:
   struct Message {

@@ -20,6 +20,7 @@ std::string text_of(const TestRanks::Outcome& outcome) {
 struct Layout {
   const char* name;
   std::vector<int> node_of;
+  bool ucx = false;
 };
 void PrintTo(const Layout& layout, std::ostream* out) { *out << layout.name; }
 
@@ -38,7 +39,18 @@ void work(Group& group, Call call, int root) {
   }
 }
 
-class FaultsTest : public ::testing::TestWithParam<Layout> {};
+class FaultsTest : public ::testing::TestWithParam<Layout> {
+ protected:
+  void SetUp() override {
+    if (GetParam().ucx)
+      if (const std::string why = ucx_problem(); !why.empty()) GTEST_SKIP() << why;
+  }
+  static TestRanks of_layout() {
+    TestRanks ranks(GetParam().node_of);
+    if (GetParam().ucx) ranks.shared_options().transport = Transport::kUcx;
+    return ranks;
+  }
+};
 
 // Victims: first, last and a middle rank.
 std::vector<int> victims(int size) { return {0, size / 2, size - 1}; }
@@ -46,7 +58,7 @@ std::vector<int> victims(int size) { return {0, size / 2, size - 1}; }
 TEST_P(FaultsTest, ARankThatLeavesIsNamedByAllWithinASecond) {
   for (const Call call : {Call::kGather, Call::kAllReduce}) {
     for (const int victim : victims(static_cast<int>(GetParam().node_of.size()))) {
-      TestRanks ranks(GetParam().node_of);
+      TestRanks ranks = of_layout();
       std::latch formed(ranks.size());
       Clock::time_point event;
       const auto outcomes = ranks.run_with([&](int rank) {
@@ -75,7 +87,7 @@ TEST_P(FaultsTest, ARankThatLeavesIsNamedByAllWithinASecond) {
 TEST_P(FaultsTest, AbortWakesEveryRankWithItsReason) {
   for (const Call call : {Call::kAllGather, Call::kBroadcast}) {
     for (const int victim : victims(static_cast<int>(GetParam().node_of.size()))) {
-      TestRanks ranks(GetParam().node_of);
+      TestRanks ranks = of_layout();
       std::latch formed(ranks.size());
       Clock::time_point event;
       const auto outcomes = ranks.run_with([&](int rank) {
@@ -102,7 +114,7 @@ TEST_P(FaultsTest, AbortWakesEveryRankWithItsReason) {
 }
 
 TEST_P(FaultsTest, AbortWakesItsOwnWaitingThread) {
-  TestRanks ranks(GetParam().node_of);
+  TestRanks ranks = of_layout();
   std::latch formed(ranks.size()), ended(ranks.size());
   const auto outcomes = ranks.run_with([&](int rank) {
     auto group = ranks.form(rank);
@@ -122,7 +134,7 @@ TEST_P(FaultsTest, AbortWakesItsOwnWaitingThread) {
 }
 
 TEST_P(FaultsTest, AfterAnyThrowTheGroupIsDead) {
-  TestRanks ranks(GetParam().node_of);
+  TestRanks ranks = of_layout();
   std::latch formed(ranks.size());
   const auto outcomes = ranks.run([&](Group& group) {
     formed.arrive_and_wait();
@@ -145,7 +157,7 @@ TEST_P(FaultsTest, AfterAnyThrowTheGroupIsDead) {
 }
 
 TEST_P(FaultsTest, APeerThatNeverArrivesEndsAtTheCap) {
-  TestRanks ranks(GetParam().node_of);
+  TestRanks ranks = of_layout();
   ranks.shared_options().operation_seconds = 0.3;
   const int victim = ranks.size() - 1;
   std::latch formed(ranks.size()), ended(ranks.size());
@@ -168,7 +180,7 @@ TEST_P(FaultsTest, APeerThatNeverArrivesEndsAtTheCap) {
 }
 
 TEST_P(FaultsTest, RanksThatCallDifferentThingsAreTold) {
-  TestRanks ranks(GetParam().node_of);
+  TestRanks ranks = of_layout();
   const auto outcomes = ranks.run([&](Group& group) {
     work(group, group.rank() == 1 ? Call::kAllReduce : Call::kAllGather, 0);
     for (;;) group.barrier();
@@ -181,7 +193,7 @@ TEST_P(FaultsTest, RanksThatCallDifferentThingsAreTold) {
 }
 
 TEST_P(FaultsTest, FormingNamesARankThatIsMissing) {
-  TestRanks ranks(GetParam().node_of);
+  TestRanks ranks = of_layout();
   ranks.shared_options().connect_seconds = 0.6;
   const int missing = ranks.size() / 2;
   const auto outcomes = ranks.run_with([&](int rank) {
@@ -202,7 +214,9 @@ INSTANTIATE_TEST_SUITE_P(Layouts, FaultsTest,
                                            Layout{"FourOnOneNode", {0, 0, 0, 0}},
                                            Layout{"ThreeNodes", {0, 1, 2}},
                                            Layout{"TwoByTwo", {0, 0, 1, 1}},
-                                           Layout{"FiveUneven", {1, 0, 0, 2, 0}}),
+                                           Layout{"FiveUneven", {1, 0, 0, 2, 0}},
+                                           Layout{"TwoNodesUcx", {0, 1}, true},
+                                           Layout{"TwoAndOneUcx", {0, 0, 1}, true}),
                          [](const auto& info) { return info.param.name; });
 
 TEST(SingleGroupTest, DoesNothingCorrectlyAndCanBeAborted) {

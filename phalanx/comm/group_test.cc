@@ -124,6 +124,7 @@ struct Layout {
   const char* name;
   std::vector<int> node_of;
   bool tls = false;
+  bool ucx = false;
 };
 
 // One certificate of all addresses that test ranks have; made once, keys are dear under sanitisers.
@@ -141,9 +142,14 @@ void PrintTo(const Layout& layout, std::ostream* out) { *out << layout.name; }
 
 class GroupTest : public ::testing::TestWithParam<Layout> {
  protected:
+  void SetUp() override {
+    if (GetParam().ucx)
+      if (const std::string why = ucx_problem(); !why.empty()) GTEST_SKIP() << why;
+  }
   void everywhere(const std::function<void(Group&)>& body) {
     TestRanks ranks(GetParam().node_of);
     if (GetParam().tls) ranks.encrypt(certificate_for_all());
+    if (GetParam().ucx) ranks.shared_options().transport = Transport::kUcx;
     const auto outcomes = ranks.run(body);
     for (const auto& outcome : outcomes)
       if (outcome.error) ADD_FAILURE() << outcome.error->what();
@@ -242,6 +248,9 @@ std::vector<Layout> layouts() {
                              {"ThreeNodes", {0, 1, 2}},
                              {"TwoAndOne", {0, 0, 1}},
                              {"TwoNodesTls", {0, 1}, true},
+                             {"TwoNodesUcx", {0, 1}, false, true},
+                             {"TwoAndOneUcx", {0, 0, 1}, false, true},
+                             {"ThreeNodesUcxTls", {0, 1, 2}, true, true},
                              {"TwoAndOneTls", {0, 0, 1}, true},
                              {"OneAndThree", {0, 1, 1, 1}},
                              {"TwoByTwo", {0, 0, 1, 1}},

@@ -15,6 +15,7 @@
 #include "phalanx/comm/sum.h"
 #include "phalanx/comm/tcp/address.h"
 #include "phalanx/comm/tcp/connect.h"
+#include "phalanx/comm/ucx/ucx.h"
 
 namespace phalanx::comm {
 
@@ -57,9 +58,11 @@ HierarchicalGroup::HierarchicalGroup(const GroupOptions& options, int listener, 
   try {
     if (topology_.own_node().size() > 1) join_node(node_memory);
     Watch* const watch = this;
-    auto links = connect_links(options_, topology_, listener, deadline, watch);
-    exchange_ = std::make_unique<Exchange>(std::move(links), topology_.names, topology_.rank,
-                                           options.generation, options_.spin_us, watch);
+    const auto exchange_over = [&](std::vector<std::unique_ptr<Link>> links) {
+      exchange_ = std::make_unique<Exchange>(std::move(links), topology_.names, topology_.rank,
+                                             options.generation, options_.spin_us, watch);
+    };
+    exchange_over(connect_links(options_, topology_, listener, deadline, watch));
     if (memory_ != nullptr) {
       await_siblings(deadline);
       std::vector<std::string> names;
@@ -67,6 +70,9 @@ HierarchicalGroup::HierarchicalGroup(const GroupOptions& options, int listener, 
       slots_ = std::make_unique<NodeSlots>(memory_.get(), topology_.local, options_.spin_us,
                                            std::move(names), topology_.own_node(), watch);
     }
+    if (options_.transport == Transport::kUcx && topology_.nodes.size() > 1)
+      exchange_over(
+          links_over_ucx(options_, topology_, exchange_->take_links(), deadline, watch));
     cap_seconds_ = std::chrono::duration<double>(deadline.when() - Clock::now()).count();
     self_test();
     cap_seconds_ = options.operation_seconds;

@@ -38,6 +38,12 @@ class Link {
   [[nodiscard]] virtual int fd() const = 0;
   [[nodiscard]] virtual short events(bool receiving, bool sending) const = 0;
 
+  // Of a pipe whose bytes come by another way than fd(): what becomes readable when bytes may have
+  // come or gone; -1 else. Before a sleep on it prepare_sleep() is asked: false if something has
+  // happened already, so that one must look first.
+  [[nodiscard]] virtual int wake_fd() const { return -1; }
+  [[nodiscard]] virtual bool prepare_sleep() { return true; }
+
   // Whether the peer is still there, without consuming anything. Fills `farewell` for kLeft, and
   // for kGone if the peer said why (else fault.text stays empty).
   virtual Peer look(Farewell* farewell) = 0;

@@ -67,13 +67,25 @@ class Processes {
 struct Layout {
   const char* name;
   std::vector<int> node_of;
+  bool ucx = false;
 };
 void PrintTo(const Layout& layout, std::ostream* out) { *out << layout.name; }
 
-class ProcessTest : public ::testing::TestWithParam<Layout> {};
+class ProcessTest : public ::testing::TestWithParam<Layout> {
+ protected:
+  void SetUp() override {
+    if (GetParam().ucx)
+      if (const std::string why = ucx_problem(); !why.empty()) GTEST_SKIP() << why;
+  }
+  static TestRanks of_layout() {
+    TestRanks ranks(GetParam().node_of);
+    if (GetParam().ucx) ranks.shared_options().transport = Transport::kUcx;
+    return ranks;
+  }
+};
 
 TEST_P(ProcessTest, RanksSleepAndWakeAcrossProcesses) {
-  const TestRanks ranks(GetParam().node_of);
+  const TestRanks ranks = of_layout();
   Processes processes(ranks, [](Group& group) {
     for (int round = 0; round < 12; ++round) {
       // Everybody else is asleep by the time this rank arrives.
@@ -92,7 +104,7 @@ TEST_P(ProcessTest, RanksSleepAndWakeAcrossProcesses) {
 
 TEST_P(ProcessTest, AKilledProcessIsNamedByAllWithinASecond) {
   for (const bool asleep : {false, true}) {
-    const TestRanks ranks(GetParam().node_of);
+    const TestRanks ranks = of_layout();
     const int victim = ranks.size() / 2;
     Processes processes(ranks, [&](Group& group) {
       std::vector<std::byte> matrix(static_cast<size_t>(group.size()) * 50'000);
@@ -120,7 +132,9 @@ INSTANTIATE_TEST_SUITE_P(Layouts, ProcessTest,
                          ::testing::Values(Layout{"TwoOnOneNode", {0, 0}}, Layout{"TwoNodes", {0, 1}},
                                            Layout{"FourOnOneNode", {0, 0, 0, 0}},
                                            Layout{"ThreeNodes", {0, 1, 2}},
-                                           Layout{"ThreeAndTwo", {0, 0, 0, 1, 1}}),
+                                           Layout{"ThreeAndTwo", {0, 0, 0, 1, 1}},
+                                           Layout{"TwoNodesUcx", {0, 1}, true},
+                                           Layout{"ThreeNodesUcx", {0, 1, 2}, true}),
                          [](const auto& info) { return info.param.name; });
 
 }  // namespace
