@@ -36,6 +36,16 @@ int ranks_on_this_machine(const NodeConfig& config, const cluster::Seating& seat
   }));
 }
 
+// Fewer ranks than the configuration's, after a loss, may not divide into as many runs. Who holds
+// which expert changes no bit.
+int64_t moe_ep_of(const NodeConfig& config, size_t ranks) {
+  int64_t runs = config.model.moe_ep;
+  while (runs > 1 && ranks != static_cast<size_t>(config.table.world_size) &&
+         ranks % static_cast<size_t>(runs) != 0)
+    --runs;
+  return runs;
+}
+
 models::ModelOptions model_options(const NodeConfig& config, const NodePlan& plan, int rank,
                                    ops::Isa isa) {
   return {.directory = config.model.weight_path,
@@ -46,7 +56,7 @@ models::ModelOptions model_options(const NodeConfig& config, const NodePlan& pla
           .block_size = config.schedule.cache_block_size,
           .kv = config.model.kv,
           .weights = plan.weights,
-          .moe_ep = config.model.moe_ep,
+          .moe_ep = moe_ep_of(config, plan.weights.size()),
           .rank = rank,
           .max_adapters = plan.adapters.slots,
           .max_adapter_rank = plan.adapters.max_rank,
@@ -152,7 +162,7 @@ void cut(const NodeConfig& config, const HostResources& host, const cluster::Sea
          const NodePlan* before, bool judge, NodePlan& plan) {
   plan.seats = seats;
   plan.weights = cluster::weights_of(seats);
-  plan.layout = models::plan_layout(plan.info, plan.weights, config.model.moe_ep);
+  plan.layout = models::plan_layout(plan.info, plan.weights, moe_ep_of(config, seats.size()));
   plan.local_ranks = cluster::ranks_of(seats, config.own_server);
   const int sharing = ranks_on_this_machine(config, seats);
   const size_t local = plan.local_ranks.size();

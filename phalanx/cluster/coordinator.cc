@@ -161,11 +161,13 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
             [&] { local.serve(); });
   stage = Stage::kServing;
   proven_seats = generation.seats;
-  FromMaster standby;
-  standby.mutable_standby();
+  attempts = 0;
+  if (generation.seats.size() == full_seats.size()) {
+    full_seats = generation.seats;
+    growths_failed = 0;
+  }
   for (size_t i = 0; i < nodes.size(); ++i) {
-    if (nodes[i].stream != 0 && !seated(static_cast<int>(i)))
-      server->send(nodes[i].stream, standby);
+    if (nodes[i].stream != 0 && !seated(static_cast<int>(i))) send_standby(static_cast<int>(i));
   }
 }
 
@@ -178,6 +180,12 @@ void Coordinator::State::wait_for_all(std::unique_lock<std::mutex>& lock) {
                        [&](const Seat& seat) { return here(seat.server); });
   };
   bool in_time = false;
+  if (auto full = full_again()) {
+    generation.seats = std::move(*full);
+    for (size_t i = 0; i < nodes.size(); ++i)
+      if (here(static_cast<int>(i)) && seated(static_cast<int>(i)))
+        nodes[i].state = NodeState::kJoined;
+  }
   for (;;) {
     in_time = cv.wait_until(lock, std::min(give_up, next_take_over()), [&] {
       return all_here() || stage != Stage::kJoining || failure || take_over_due();
@@ -256,9 +264,7 @@ void Coordinator::State::throw_if_over(std::unique_lock<std::mutex>& lock) {
     cv.wait_until(lock, settles, [&] { return stage == Stage::kEnding; });
     const Code code = failure->code;
     const std::string text = failure->full_text();
-    if (stage != Stage::kEnding && options.recover && Clock::now() < give_up &&
-        (failure->recoverable || give_back(failure->server, text)))
-      throw Lost{text};
+    if (stage != Stage::kEnding && options.recover && try_again()) throw Lost{text};
     end(lock, failure_message(code, text), Deadline::in_seconds(2));
     throw Error(code, text);
   }

@@ -48,7 +48,7 @@ Coordinator::State::State(const ControlOptions& given, NodeActions& actions)
     node.since = Clock::now();
     nodes.push_back(node);
   }
-  generation.seats = proven_seats = table_seating(options.table);
+  generation.seats = proven_seats = full_seats = table_seating(options.table);
   Node& own = nodes[static_cast<size_t>(options.own_server)];
   own.state = NodeState::kJoined;
   own.offer = options.offer;
@@ -176,18 +176,15 @@ std::string Coordinator::State::join(StreamId stream, const FromNode& message) {
   welcome.mutable_welcome()->set_recover(options.recover);
   welcome.mutable_welcome()->set_recovery_seconds(options.recovery_seconds);
   server->send(stream, welcome);
-  if (spare && stage == Stage::kServing) {
-    FromMaster standby;
-    standby.mutable_standby();
-    server->send(stream, standby);
-  }
+  if (spare && stage == Stage::kServing) send_standby(static_cast<int>(join.server()));
   cv.notify_all();
-  return fmt::format("node {} joined{} ({} cores, {:.1f} GiB)", node.name,
-                     !spare                ? ""
+  const std::string why = spare ? why_without_ranks(static_cast<int>(join.server())) : "";
+  return fmt::format("node {} joined{} ({} cores, {:.1f} GiB){}{}", node.name,
+                     !spare            ? ""
                      : options.recover ? " as a spare"
                                        : " as a spare, which nothing uses with --on-loss=fail",
-                     node.offer.cores,
-                     static_cast<double>(node.offer.memory_bytes) / (1LL << 30));
+                     node.offer.cores, static_cast<double>(node.offer.memory_bytes) / (1LL << 30),
+                     why.empty() ? "" : ": ", why);
 }
 
 std::string Coordinator::State::refusal(const FromNode& message, Code& code) {
@@ -351,7 +348,9 @@ std::string Coordinator::State::lose(int index, const std::string& verdict,
   const std::string line = fmt::format("{} is {}{}: {}", name_of(index), verdict, during, why);
   if (stage == Stage::kJoining) {
     node.state = NodeState::kAbsent;
-    return line + "; waiting for it again";
+    if (!newcomer(index)) return line + "; waiting for it again";
+    withdraw(index);
+    return line + "; it was about to take over ranks, which are waited for where they were";
   }
   node.state = NodeState::kLost;
   if (failure && failure->server == index) return line;  // it said why, then went
@@ -463,6 +462,7 @@ void Coordinator::State::tick() {
     for (const auto& [stream, waiting_stream] : pending) {
       if (now - waiting_stream.since > kJoinTimeout) server->cancel(stream);
     }
+    if (const std::string line = grow_when_due(); !line.empty()) warnings.push_back(line);
     FromMaster heartbeat;
     heartbeat.mutable_heartbeat();
     send_all(heartbeat, true);

@@ -13,6 +13,8 @@
 namespace phalanx::cluster {
 namespace {
 
+constexpr int kNewcomerAttempts = 3;  // to serve with a node that took over ranks
+
 Clock::duration seconds(double value) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
 }
@@ -66,7 +68,7 @@ void Coordinator::State::decide_seats(std::unique_lock<std::mutex>& lock) {
     fault(options.own_server, e.code(), e.what(), false);
     throw_if_over(lock);
   }
-  proven_seats = generation.seats;
+  proven_seats = full_seats = generation.seats;
   log_info("weights decided from measured memory bandwidth ({}): {}", measured,
            text_of(generation.seats, options.table));
 }
@@ -147,23 +149,142 @@ bool Coordinator::State::shrink() {
               found->reason);
     return false;
   }
-  log_warn("{} did not return: {} of {} ranks go on, the model is cut anew: {}", gone, fewer.size(),
-           generation.seats.size(), text_of(fewer, options.table));
+  log_warn(
+      "{} did not return: {} of {} ranks go on, the model is cut anew: {}. Once {} or a spare is "
+      "here for {:g} s, all ranks are formed again",
+      gone, fewer.size(), generation.seats.size(), text_of(fewer, options.table), gone,
+      options.spare_seconds);
   for (Node& node : nodes)
     if (node.stream == 0) node.ranks.clear();
   generation.seats = proven_seats = std::move(fewer);
   return true;
 }
 
-bool Coordinator::State::give_back(int server, const std::string& why) {
-  if (stage != Stage::kPhases || !seated(server) || is_seated(proven_seats, server)) return false;
-  Node& node = nodes[static_cast<size_t>(server)];
-  node.unfit = why;
-  node.reason = "could not take over: " + why;
-  node.ranks.clear();
-  generation.seats = proven_seats;
-  log_warn("spare node {} is left alone until it joins again: {}", node.name, why);
+void Coordinator::State::withdraw(int server) {
+  if (generation.seats.size() != proven_seats.size()) {
+    generation.seats = proven_seats;
+  } else {
+    for (size_t rank = 0; rank < proven_seats.size(); ++rank)
+      if (generation.seats[rank].server == server) generation.seats[rank] = proven_seats[rank];
+  }
+  for (size_t i = 0; i < nodes.size(); ++i)
+    if (!seated(static_cast<int>(i))) nodes[i].ranks.clear();
+  attempts = 0;
+}
+
+bool Coordinator::State::try_again() {
+  if (stage == Stage::kJoining || generation.seats == proven_seats)
+    return failure->recoverable && Clock::now() < give_up;
+  const int failed = failure->server;
+  const bool gone = !here(failed);
+  if (failure->recoverable && gone && !newcomer(failed)) return true;
+  if (failure->recoverable && !gone && ++attempts < kNewcomerAttempts) return true;
+  const bool grew = generation.seats.size() != proven_seats.size();
+  const std::string why = failure->full_text();
+  const bool known = newcomer(failed);  // else nobody knows which newcomer it was about
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    const int server = static_cast<int>(i);
+    Node& node = nodes[i];
+    if (!newcomer(server) || (known && server != failed)) continue;
+    if (here(server)) {
+      node.unfit = why;
+      node.reason = "could not take over: " + why;
+      log_warn("spare node {} is left alone until it joins again: {}", node.name, why);
+    } else {
+      log_warn("spare node {} left while it took over: {}", node.name, why);
+    }
+    withdraw(server);
+  }
+  if (grew) {
+    ++growths_failed;
+    log_warn("{} of {} ranks go on as before", generation.seats.size(), full_seats.size());
+  }
+  // The seats that served last have the time of a loss of their own.
+  give_up = std::max(give_up, Deadline::in_seconds(options.recovery_seconds).when());
   return true;
+}
+
+std::optional<Seating> Coordinator::State::full_again() {
+  if (generation.number == 0 || generation.seats.size() == full_seats.size()) return std::nullopt;
+  const auto usable = [&](int server) {
+    return here(server) && nodes[static_cast<size_t>(server)].unfit.empty();
+  };
+  Seating seats = full_seats;
+  for (size_t lost = 0; lost < nodes.size(); ++lost) {
+    const int from = static_cast<int>(lost);
+    if (!is_seated(seats, from) || usable(from)) continue;
+    int to = 0;
+    while (to < static_cast<int>(nodes.size()) && (!usable(to) || is_seated(seats, to))) ++to;
+    if (to == static_cast<int>(nodes.size())) return std::nullopt;
+    for (Seat& seat : seats)
+      if (seat.server == from) seat.server = to;
+  }
+  const auto found = misfit(seats);
+  if (!found) return seats;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    const int server = static_cast<int>(i);
+    if (!is_seated(seats, server) || seated(server) ||
+        (!seated(found->server) && server != found->server))
+      continue;
+    nodes[i].unfit = found->reason;
+    nodes[i].reason = "cannot have ranks again: " + found->reason;
+    log_warn("{} (spare) {}", name_of(server), nodes[i].reason);
+  }
+  return std::nullopt;
+}
+
+double Coordinator::State::growth_wait() const {
+  if (growths_failed == 0) return options.spare_seconds;
+  return std::max(options.spare_seconds, 1.0) * (1 << std::min(growths_failed, 6));
+}
+
+std::string Coordinator::State::grow_when_due() {
+  if (stage != Stage::kServing || failure || !options.recover) return {};
+  const auto seats = full_again();
+  if (!seats) return {};
+  std::string added;
+  Clock::time_point last;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    const int server = static_cast<int>(i);
+    if (seated(server) || !is_seated(*seats, server)) continue;
+    last = std::max(last, nodes[i].since);
+    added += (added.empty() ? "" : ", ") + nodes[i].name;
+  }
+  if (last + seconds(growth_wait()) > Clock::now()) return {};
+  fault(options.own_server, Code::kAborted,
+        fmt::format("{} ends generation {}: {} {} here, and {} of {} ranks are formed again, with "
+                    "the model cut anew",
+                    name_of(options.own_server), generation.number, added,
+                    added.find(',') == std::string::npos ? "is" : "are", seats->size(),
+                    full_seats.size()),
+        false);
+  return fmt::format(
+      "{} has been here for {:.1f} s: {} ranks instead of {} go on, running requests "
+      "pause meanwhile: {}",
+      added, std::chrono::duration<double>(Clock::now() - last).count(), seats->size(),
+      generation.seats.size(), text_of(*seats, options.table));
+}
+
+std::string Coordinator::State::why_without_ranks(int server) const {
+  const std::vector<int> had = ranks_of(table_seating(options.table), server);
+  if (had.empty()) return {};
+  const std::string ranks =
+      fmt::format("rank{} {}", had.size() == 1 ? "" : "s", fmt::join(had, ", "));
+  if (generation.seats.size() != full_seats.size())
+    return fmt::format(
+        "while it was away the others went on as {} of {} ranks; it has {} again "
+        "once it has been here for {:g} s",
+        generation.seats.size(), full_seats.size(), ranks,
+        growth_wait());
+  const int at = generation.seats[static_cast<size_t>(had.front())].server;
+  return fmt::format("node {} took over its {} while it was away",
+                     nodes[static_cast<size_t>(at)].name, ranks);
+}
+
+void Coordinator::State::send_standby(int server_index) {
+  control::v1::FromMaster standby;
+  standby.mutable_standby()->set_reason(why_without_ranks(server_index));
+  server->send(nodes[static_cast<size_t>(server_index)].stream, standby);
 }
 
 }  // namespace phalanx::cluster

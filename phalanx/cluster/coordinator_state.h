@@ -94,9 +94,27 @@ struct Coordinator::State final : ControlServer::Handler {
   [[nodiscard]] Clock::time_point next_take_over() const;
   // Goes on with those that are here. False, with a line in the log, where they cannot.
   bool shrink();
-  // The node failed before the generation served, in ranks that it had taken over: it is left alone
-  // and the node whose they were is waited for again. False if it had taken over nothing.
-  bool give_back(int server, const std::string& why);
+  // Whether the failed generation, which did not serve, is followed by another: if it may do
+  // better, or if the seats that served last can be taken again.
+  bool try_again();
+  // What the server took over goes back to those whose it was. With more ranks than served last:
+  // all.
+  void withdraw(int server);
+  [[nodiscard]] bool newcomer(int server) const {
+    return seated(server) && !is_seated(proven_seats, server);
+  }
+  // After shrink(): the seating of all ranks, lost nodes' places filled by spares, if those that
+  // are here can have it.
+  std::optional<Seating> full_again();
+  // How long a node must be here for that. Each failed try doubles it: a node that comes and goes must
+  // not stop the others for long.
+  [[nodiscard]] double growth_wait() const;
+  // While fewer ranks serve: ends the generation once a full one has been possible for long enough.
+  // A line to log, or nothing.
+  std::string grow_when_due();
+  // Why a node that has ranks in the table has none now; empty for a spare of the table.
+  [[nodiscard]] std::string why_without_ranks(int server) const;
+  void send_standby(int server);
   void run_phase(std::unique_lock<std::mutex>& lock, const Phase& phase,
                  control::v1::FromMaster message, const std::function<void()>& action);
   void throw_if_over(std::unique_lock<std::mutex>& lock);
@@ -146,6 +164,9 @@ struct Coordinator::State final : ControlServer::Handler {
   Clock::time_point phase_since, next_notice;
   Generation generation;             // the present one; its number is 0 before the first
   Seating proven_seats;              // of the generation that served last, or was decided first
+  Seating full_seats;                // the same, of the last one with all ranks
+  int attempts = 0;                  // in a row to serve with others than proven_seats
+  int growths_failed = 0;            // in a row
   Clock::time_point give_up;         // start() ends by then unless all are there
   std::optional<Failure> failure;    // of this generation
   std::optional<std::string> abort_reason;  // the watcher calls abort() once in a generation

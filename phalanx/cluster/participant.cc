@@ -80,7 +80,7 @@ struct Participant::State final : ControlClient::Handler {
   // anything was begun, and with `ended` empty after an orderly end.
   void follow(std::unique_lock<std::mutex>& lock);
   void obey(const FromMaster& message, std::unique_lock<std::mutex>& lock);
-  void stand_by(std::unique_lock<std::mutex>& lock);
+  void stand_by(const std::string& why, std::unique_lock<std::mutex>& lock);
   bool wait_welcome(std::unique_lock<std::mutex>& lock);
   void say_leave(std::unique_lock<std::mutex>& lock);
   // Says what failed here, then ends run() with the master's verdict, or `error` if none comes.
@@ -316,7 +316,7 @@ void Participant::State::follow(std::unique_lock<std::mutex>& lock) {
         throw Error(code_of(message.fail().code()), printable(message.fail().message(), 100'000));
       }
       if (message.has_standby()) {
-        stand_by(lock);
+        stand_by(message.standby().reason(), lock);
         continue;
       }
       obey(message, lock);
@@ -324,10 +324,12 @@ void Participant::State::follow(std::unique_lock<std::mutex>& lock) {
   }
 }
 
-void Participant::State::stand_by(std::unique_lock<std::mutex>& lock) {
+void Participant::State::stand_by(const std::string& why, std::unique_lock<std::mutex>& lock) {
   if (!std::exchange(spare, true))
-    log_info("this node is a spare of master {}: it has no ranks and takes over those of a node "
-             "that stays away", master);
+    log_info(
+        "this node is a spare of master {}{}: it has no ranks and takes over those of a node "
+        "that stays away",
+        master, why.empty() ? "" : ": " + printable(why, 400));
   cv.wait(lock, [&] { return !aborting && (abort_called == aborted || quit); });
   lock.unlock();
   local.stand_by();

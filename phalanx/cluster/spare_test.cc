@@ -136,6 +136,52 @@ TEST_F(Spare, OneThatFailsIsLeftAloneAndTheLostNodeTakenBack) {
   EXPECT_TRUE(spare.spare);
 }
 
+TEST_F(Spare, OneThatIsLostWhileItTakesOverIsNotWaitedFor) {
+  make_nodes_and_spare(3);
+  make_master(recovering(0));
+  watch_losses();
+  auto relay = std::make_unique<Relay>(next_port(), port_);
+  ControlOptions behind = recovering(2);
+  behind.port = relay->port();
+  start_slave(1, recovering(1));
+  start_slave(2, behind);
+  ASSERT_TRUE(wait_for_log("node 127.0.0.3 joined as a spare"));
+  ASSERT_EQ(start_master().text, "");
+  fakes_[2]->stuck = "load";
+  slaves_[1].participant->leave("broken");
+  (void)slave_outcome(1);
+  wait_for_loss(1);
+  auto started = std::async(std::launch::async, [&] { return start_master(); });
+  ASSERT_TRUE(fakes_[2]->wait_for_call("load"));
+  relay.reset();
+  ASSERT_TRUE(wait_for_log("spare node 127.0.0.3 left while it took over"));
+  start_slave(1, recovering(1));
+  EXPECT_EQ(started.get().text, "");
+  EXPECT_EQ(servers(), (std::vector<int>{0, 1, 1}));
+}
+
+TEST_F(Spare, OneWhoseRanksDieAgainAndAgainIsLeftAlone) {
+  make_nodes_and_spare(3);
+  make_master(recovering(0));
+  watch_losses();
+  start_slave(1, recovering(1));
+  start_slave(2, recovering(2));
+  ASSERT_TRUE(wait_for_log("node 127.0.0.3 joined as a spare"));
+  ASSERT_EQ(start_master().text, "");
+  fakes_[2]->failing = "load";
+  fakes_[2]->failure = Error(Code::kUnavailable, "rank 1 was killed by signal 9");
+  slaves_[1].participant->leave("broken");
+  (void)slave_outcome(1);
+  wait_for_loss(1);
+  auto started = std::async(std::launch::async, [&] { return start_master(); });
+  ASSERT_TRUE(wait_for_log("spare node 127.0.0.3 is left alone until it joins again"));
+  EXPECT_TRUE(coordinator_->nodes()[2].spare);
+  EXPECT_GE(fakes_[0]->generation.number, 4u);  // it was tried more than once
+  start_slave(1, recovering(1));
+  EXPECT_EQ(started.get().text, "");
+  EXPECT_EQ(servers(), (std::vector<int>{0, 1, 1}));
+}
+
 TEST_F(Spare, WithoutRoomItIsNotAsked) {
   make_nodes_and_spare(3);
   ControlOptions master = recovering(0);
@@ -178,7 +224,8 @@ TEST_F(Spare, OfAnotherNumericClassIsRefused) {
 TEST_F(Spare, FewerRanksGoOnWhenNobodyComes) {
   make_nodes(3);
   ControlOptions master = recovering(0);
-  master.recovery_seconds = 0.5;
+  master.recovery_seconds = 2;
+  master.spare_seconds = 1;
   master.shrink = true;
   make_master(master);
   watch_losses();
@@ -200,6 +247,79 @@ TEST_F(Spare, FewerRanksGoOnWhenNobodyComes) {
   wait_for_loss(2);
   ASSERT_EQ(start_master().text, "");
   EXPECT_EQ(servers(), (std::vector<int>{0, 1, 1, 1}));
+}
+
+class Returning : public Spare {
+ protected:
+  // Three nodes, of which the second is lost: four of six ranks go on.
+  void shrink() {
+    make_nodes(3);
+    ControlOptions master = recovering(0);
+    master.recovery_seconds = 0.5;
+    master.shrink = true;
+    make_master(master);
+    watch_losses();
+    start_slave(1, recovering(1));
+    start_slave(2, recovering(2));
+    ASSERT_EQ(start_master().text, "");
+    slaves_[1].participant->leave("for a while");
+    (void)slave_outcome(1);
+    wait_for_loss(1);
+    ASSERT_EQ(start_master().text, "");
+    ASSERT_EQ(servers(), (std::vector<int>{0, 2, 2, 2}));
+  }
+};
+
+TEST_F(Returning, AfterAShrinkANodeHasItsRanksAgain) {
+  shrink();
+  start_slave(1, recovering(1));
+  ASSERT_TRUE(fakes_[1]->wait_for_call("stand_by"));
+  EXPECT_TRUE(
+      wait_for_log("went on as 4 of 6 ranks; it has ranks 1, 2 again once it has been here"));
+  wait_for_loss(2);
+  EXPECT_TRUE(contains(log(), "6 ranks instead of 4 go on"));
+  ASSERT_EQ(start_master().text, "");
+  EXPECT_EQ(servers(), (std::vector<int>{0, 1, 1, 2, 2, 2}));
+  EXPECT_EQ(fakes_[1]->members.size(), 6u);
+  EXPECT_EQ(coordinator_->nodes()[1].state, NodeState::kServing);
+  // It counts as any other from now on.
+  slaves_[1].participant->leave("for good");
+  wait_for_loss(3);
+  ASSERT_EQ(start_master().text, "");
+  EXPECT_EQ(servers(), (std::vector<int>{0, 2, 2, 2}));
+}
+
+TEST_F(Returning, OneThatFailsThenLeavesTheOthersAsTheyWere) {
+  shrink();
+  fakes_[1]->failing = "load";
+  start_slave(1, recovering(1));
+  wait_for_loss(2);
+  ASSERT_EQ(start_master().text, "");
+  EXPECT_EQ(servers(), (std::vector<int>{0, 2, 2, 2}));
+  EXPECT_TRUE(contains(coordinator_->nodes()[1].last_reason, "no memory for it"));
+  EXPECT_TRUE(wait_for_log("4 of 6 ranks go on as before"));
+  std::this_thread::sleep_for(1s);
+  EXPECT_EQ(losses_, 2);  // not tried again by itself
+  // It joins again, mended.
+  fakes_[1]->failing.clear();
+  slaves_[1].participant->leave("mended");
+  (void)slave_outcome(1);
+  start_slave(1, recovering(1));
+  wait_for_loss(3);
+  ASSERT_EQ(start_master().text, "");
+  EXPECT_EQ(servers(), (std::vector<int>{0, 1, 1, 2, 2, 2}));
+}
+
+TEST_F(Returning, OneThatIsLostAgainMeanwhileIsNotWaitedFor) {
+  shrink();
+  fakes_[1]->stuck = "load";
+  start_slave(1, recovering(1));
+  wait_for_loss(2);
+  auto started = std::async(std::launch::async, [&] { return start_master(); });
+  ASSERT_TRUE(fakes_[1]->wait_for_call("load"));
+  slaves_[1].participant->leave("again");
+  EXPECT_EQ(started.get().text, "");
+  EXPECT_EQ(servers(), (std::vector<int>{0, 2, 2, 2}));
 }
 
 TEST_F(Spare, TooLittleMemoryForFewerRanksEndsIt) {
