@@ -131,6 +131,7 @@ class Relay {
   }
   [[nodiscard]] uint16_t port() const { return from_; }
   void freeze() { frozen_ = true; }
+  void thaw() { frozen_ = false; }
 
  private:
   static sockaddr_in address(uint16_t port) {

@@ -323,10 +323,33 @@ void Coordinator::State::end(std::unique_lock<std::mutex>& lock, const FromMaste
     return std::all_of(nodes.begin(), nodes.end(),
                        [](const Node& node) { return node.stream == 0; });
   });
+  bool any_untold = false;
+  const double patience = 2 * options.lost_seconds;
+  for (Node& node : nodes) {
+    const double silence = seconds_since(node.contact);
+    const bool lost_alive = (node.verdict == "cut off" || node.verdict == "stuck") &&
+                            silence < options.recovery_seconds;
+    const bool silent = node.stream != 0 && silence >= 2 * options.heartbeat_seconds;
+    node.untold = message.has_stop() && (lost_alive || silent);
+    if (node.untold) {
+      any_untold = true;
+      log_warn("node {} was last heard of {:.1f} s ago: waiting up to {:.0f} s for it, to tell it of "
+               "the stop", node.name, silence, patience);
+    } else if (node.stream != 0) {
+      log_warn("node {} did not say goodbye in time", node.name);
+      server->cancel(node.stream);
+    }
+  }
+  if (!any_untold) return;
+  const auto told = [&] {  // and has the answer
+    return pending.empty() && std::none_of(nodes.begin(), nodes.end(),
+                                           [](const Node& node) { return node.untold; });
+  };
+  if (cv.wait_for(lock, std::chrono::duration<double>(patience), told)) return;
   for (const Node& node : nodes) {
-    if (node.stream == 0) continue;
-    log_warn("{} did not say goodbye in time", node.name);
-    server->cancel(node.stream);
+    if (node.untold)
+      log_warn("node {} did not come back: it was not told of the stop, and waits for a master",
+               node.name);
   }
 }
 

@@ -24,10 +24,6 @@ Clock::duration seconds(double value) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
 }
 
-double seconds_since(Clock::time_point when) {
-  return std::chrono::duration<double>(Clock::now() - when).count();
-}
-
 FromMaster refused(Code code, const std::string& reason) {
   FromMaster message;
   message.mutable_refused()->set_code(static_cast<int>(code));
@@ -76,6 +72,10 @@ Coordinator::State::~State() {
   ticker.join();
   watcher.join();
   server_owner.reset();
+}
+
+double seconds_since(Clock::time_point when) {
+  return std::chrono::duration<double>(Clock::now() - when).count();
 }
 
 std::string named(const std::string& node, const std::string& text) {
@@ -212,7 +212,12 @@ std::string Coordinator::State::refusal(const FromNode& message, Code& code) {
     return fmt::format("{} (server_list[{}]) is no slave of the rank table of master {}", name,
                        join.server(), own);
   }
-  const Node& node = nodes[join.server()];
+  Node& node = nodes[join.server()];
+  if (stage == Stage::kEnding && node.untold) {
+    node.untold = false;
+    code = Code::kCancelled;  // a node that belonged to it stops too
+    return stop_reason;
+  }
   if (node.stream != 0) {
     code = Code::kAlreadyExists;
     return fmt::format("{} has already joined and is alive (last contact {:.1f} s ago): two "
@@ -313,6 +318,8 @@ std::string Coordinator::State::handle(int index, const FromNode& message) {
     }
     case FromNode::kGoodbye:
       node.state = NodeState::kStopped;
+      node.untold = false;
+      cv.notify_all();
       return {};
     case FromNode::kJoin:
     case FromNode::KIND_NOT_SET: break;

@@ -22,6 +22,7 @@ namespace phalanx::cluster {
 
 // The text of a fault with its node's name before it, unless it begins with that name already.
 [[nodiscard]] std::string named(const std::string& node, const std::string& text);
+[[nodiscard]] double seconds_since(Clock::time_point when);
 
 struct Coordinator::State final : ControlServer::Handler {
   enum class Stage { kJoining, kPhases, kServing, kEnding, kClosed };
@@ -39,6 +40,7 @@ struct Coordinator::State final : ControlServer::Handler {
     std::vector<RankEndpoint> endpoints;
     LoadResult load;
     std::string unfit;           // why it may not stand in for another, until it joins again
+    bool untold = false;         // the instance stops, and it was out of reach when it was told
   };
   struct Failure {
     int server = 0;

@@ -167,6 +167,7 @@ void Participant::State::run() {
         ControlSecurity{options.tls, options.table, options.own_server, options.renewed_tls}, *this);
     lock.lock();
     const bool joined = wait_welcome(lock);
+    if (!joined && stop_received) return;
     if (joined) {
       log_info("joined master {} after {:.1f} s", net::endpoint(master, options.port),
                seconds_since(begin));
@@ -251,7 +252,13 @@ bool Participant::State::wait_welcome(std::unique_lock<std::mutex>& lock) {
     if (code == Code::kAlreadyExists && !claimed_since) claimed_since = Clock::now();
     const bool stale_claim = code == Code::kAlreadyExists &&
                              seconds_since(*claimed_since) < 2 * options.lost_seconds;
-    if (code == Code::kUnavailable || stale_claim) {
+    if (code == Code::kCancelled && (prepared || spare)) {
+      log_info("master {} stopped the instance while it was out of reach: {}", master,
+               printable(answer.refused().reason()));
+      stop_received = true;
+      return false;
+    }
+    if (code == Code::kUnavailable || code == Code::kCancelled || stale_claim) {
       ended = End{Code::kUnavailable, printable(answer.refused().reason())};
       return false;
     }

@@ -217,6 +217,56 @@ TEST_F(Recovery, StopWhileItWaitsForALostNode) {
   EXPECT_EQ(slave_outcome(1).text, "");
 }
 
+// Before it noticed (the order still reaches it), and after (it joins again).
+class OutOfReach : public Recovery, public testing::WithParamInterface<bool> {};
+
+TEST_P(OutOfReach, IsToldOfTheStopWhenItReturns) {
+  make_nodes(3);
+  make_master(recovering(0));
+  watch_losses();
+  Relay relay(next_port(), port_);
+  ControlOptions behind = recovering(2);
+  behind.port = relay.port();
+  start_slave(1, recovering(1));
+  start_slave(2, behind);
+  ASSERT_EQ(start_master().text, "");
+  relay.freeze();
+  std::this_thread::sleep_for(std::chrono::duration<double>(2 * behind.heartbeat_seconds));
+  auto stopped = std::async(std::launch::async, [&] {
+    coordinator_->stop("SIGTERM", Deadline::in_seconds(0.1));
+  });
+  EXPECT_TRUE(wait_for_log("to tell it of the stop"));
+  EXPECT_EQ(slave_outcome(1).text, "");
+  if (GetParam()) {
+    EXPECT_TRUE(wait_for_log("this node keeps its weights"));
+  }
+  relay.thaw();
+  EXPECT_EQ(slave_outcome(2).text, "");
+  stopped.get();
+}
+
+INSTANTIATE_TEST_SUITE_P(NoticedTheLoss, OutOfReach, testing::Bool());
+
+TEST_F(Recovery, ANodeThatStaysOutOfReachDoesNotHoldTheStop) {
+  make_nodes(2);
+  make_master(recovering(0));
+  watch_losses();
+  Relay relay(next_port(), port_);
+  ControlOptions behind = recovering(1);
+  behind.port = relay.port();
+  behind.recovery_seconds = 0.2;
+  start_slave(1, behind);
+  ASSERT_EQ(start_master().text, "");
+  relay.freeze();
+  std::this_thread::sleep_for(std::chrono::duration<double>(2 * behind.heartbeat_seconds));
+  const auto begin = Clock::now();
+  coordinator_->stop("SIGTERM", Deadline::in_seconds(0.1));
+  EXPECT_LT(Clock::now() - begin, std::chrono::duration<double>(2 * behind.lost_seconds + 2));
+  EXPECT_TRUE(wait_for_log("was not told of the stop"));
+  relay.cut();
+  slaves_[1].participant->leave("the test ends");
+}
+
 TEST_F(Recovery, AReturningNodeMustComputeAlike) {
   serve_recovering(2);  // in amx
   slaves_[1].participant->leave("replaced");

@@ -151,13 +151,18 @@ class Fault:
         self.undo_after(2, lambda: self.cluster.network.undelay(self.node, relay))
 
     def duplicate(self):
-        """A second process claims the node's entry: whoever comes second is refused."""
+        """A second process claims the node's entry: whoever comes second is refused. If the instance
+        stops before that, the first leaves in order and the second finds nobody."""
         self.mark()
         first, second = self.cluster.nodes[self.node], self.cluster.start_node(self.node)
         deadline = time.monotonic() + 60
         while first.popen.poll() is None and second.popen.poll() is None:
             assert time.monotonic() < deadline, "nobody was refused"
             time.sleep(0.05)
+        if first.popen.poll() == 0 and "stops the instance" in first.text("err"):
+            second.popen.send_signal(signal.SIGTERM)
+            assert second.wait(10) == 0
+            return
         loser, winner = (second, first) if first.popen.poll() is None else (first, second)
         self.cluster.nodes[self.node] = winner
         assert loser.wait(10) == 1
