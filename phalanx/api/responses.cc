@@ -124,7 +124,13 @@ ResponseRequest parse_response(const std::string& body, const ServiceOptions& op
       chat["tool_choice"] = ordered["tool_choice"];
   }
   if (const auto parallel = fields.boolean("parallel_tool_calls")) chat["parallel_tool_calls"] = *parallel;
-  if (const json* text = fields.find("text"); text != nullptr && text->is_object() && text->contains("format")) {
+  std::vector<std::string> ignored;
+  const json* text = fields.find("text");
+  if (text != nullptr && !text->is_object()) throw Refused("text: expected an object");
+  if (text != nullptr)
+    for (const auto& [key, value] : text->items())
+      if (key != "format") ignored.push_back("text." + key);
+  if (text != nullptr && text->contains("format")) {
     OrderedJson format = ordered["text"]["format"];
     if (format.is_object() && format.value("type", OrderedJson()) == "json_schema") {
       OrderedJson inner;
@@ -145,6 +151,7 @@ ResponseRequest parse_response(const std::string& body, const ServiceOptions& op
   for (const char* name : {"store", "metadata", "user", "include", "truncation", "reasoning"})
     (void)fields.find(name);
   out.chat.ignored = out.chat.fields.ignored;
+  out.chat.ignored.insert(out.chat.ignored.end(), ignored.begin(), ignored.end());
   for (const std::string& name : fields.unread()) out.chat.ignored.push_back(name);
   return out;
 }
