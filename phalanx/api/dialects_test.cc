@@ -238,6 +238,7 @@ TEST(Dialects, RefuseInTheirOwnShape) {
       {"/v1/responses", R"({"model":"demo"})",
        R"({"error":{"message":"input: field required","type":"invalid_request_error","param":null,"code":null}})"},
       {"/v1/responses", R"({"model":"demo","input":"x","previous_response_id":"r"})", "stores no responses"},
+      {"/v1/responses", R"({"model":"demo","input":"x","text":"y"})", "text: expected an object"},
       {"/v1/embeddings", R"({"model":"demo","input":"x"})", "not an embedding model", 400},
       {"/v1/chat/completions",
        R"({"model":"demo","messages":[{"role":"user","content":"x"}],"guided_regex":"impossible"})",
@@ -251,6 +252,19 @@ TEST(Dialects, RefuseInTheirOwnShape) {
     EXPECT_EQ(reply.status, c.status) << c.path << c.body << reply.body;
     EXPECT_TRUE(json::accept(reply.body)) << reply.body;
     EXPECT_NE(reply.body.find(c.part), std::string::npos) << c.path << " " << c.body << "\n" << reply.body;
+  }
+}
+
+TEST(Structure, InTextIsBoundedInDepth) {
+  Instance instance;
+  std::string schema;
+  for (int i = 0; i < 20'000; ++i) schema += R"({"items":)";
+  schema += "{}" + std::string(20'000, '}');
+  for (const char* path : {"/v1/completions", "/generate"}) {
+    const Reply reply = post(instance.port, path,
+                             json{{"model", "demo"}, {"prompt", "x"}, {"guided_json", schema}}.dump());
+    EXPECT_EQ(reply.status, 422) << reply.body;
+    EXPECT_NE(reply.body.find("nested deeper than 100 levels"), std::string::npos) << reply.body;
   }
 }
 

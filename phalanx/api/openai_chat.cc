@@ -5,13 +5,14 @@
 #include "phalanx/api/fields.h"
 #include "phalanx/api/openai_answer.h"
 #include "phalanx/api/refusal.h"
+#include "phalanx/text/chat_template.h"
 
 namespace phalanx::api {
 namespace {
 
 using nlohmann::json;
 
-constexpr size_t kMaxTemplateBytes = 1 << 20;
+constexpr size_t kMaxTemplateBytes = text::ChatTemplate::kMaxClientTemplate;
 
 bool absent(const json& object, const char* key) {
   const auto it = object.find(key);
@@ -338,7 +339,7 @@ ChatRequest parse_chat(std::string_view body, const ServiceOptions& options) {
     if (!source->is_string()) throw Refused("Parameter chat_template not string");
     out.wishes.chat.source = source->get<std::string>();
     if (out.wishes.chat.source.empty() || out.wishes.chat.source.size() > kMaxTemplateBytes)
-      throw Refused("Parameter chat_template is not valid: expected 1 byte to 1 MB of template text");
+      throw Refused("Parameter chat_template is not valid: expected 1 byte to 256 KB of template text");
     if (out.wishes.chat.source.find("{") == std::string::npos)
       throw Refused("Parameter chat_template is not valid: this server takes the text of a template, "
                     "not the path of a file");

@@ -151,6 +151,7 @@ const std::vector<Case>& common_cases() {
       {{{"guided_choice", json::array()}}, "Parameter guided_choice must be a non-empty array of strings"},
       {{{"guided_regex", "a"}, {"guided_choice", {"a"}}},
        "Parameters guided_regex and guided_choice ask for two structures at once"},
+      {{{"guided_json", "[1]"}}, "Parameter guided_json is not the JSON text of an object"},
       {{{"structured_outputs", {{"json", json::object()}, {"regex", "a"}}}},
        "Parameter structured_outputs asks for more than one structure"},
       {{{"guided_regex", "a"}, {"ignore_eos", true}},

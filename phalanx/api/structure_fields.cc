@@ -5,6 +5,8 @@
 #include <nlohmann/json.hpp>
 
 #include "phalanx/api/refusal.h"
+#include "phalanx/base/error.h"
+#include "phalanx/base/json.h"
 
 namespace phalanx::api {
 namespace {
@@ -24,19 +26,13 @@ GrammarSpec schema_spec(const json& schema) {
   return {.kind = Kind::kJsonSchema, .text = {}};
 }
 
-// The properties of a schema come in the order in which the request has them.
+// The properties of a schema come in the order in which the request has them, at `place`.
 std::optional<GrammarSpec> with_order(std::optional<GrammarSpec> spec, std::string_view body,
-                                      std::initializer_list<const char*> places) {
-  if (!spec || spec->kind != Kind::kJsonSchema || !spec->text.empty()) return spec;
+                                      const char* place) {
+  if (!spec || spec->kind != Kind::kJsonSchema) return spec;
   const auto ordered = nlohmann::ordered_json::parse(body);
-  for (const char* place : places) {
-    const nlohmann::ordered_json::json_pointer pointer(place);
-    if (!ordered.contains(pointer)) continue;
-    const auto& schema = ordered.at(pointer);
-    if (schema.is_null()) continue;
-    spec->text = schema.is_string() ? schema.get<std::string>() : schema.dump();
-    break;
-  }
+  const auto& schema = ordered.at(nlohmann::ordered_json::json_pointer(place));
+  spec->text = schema.is_string() ? schema.get<std::string>() : schema.dump();
   return spec;
 }
 
@@ -62,7 +58,12 @@ GrammarSpec text_spec(Kind kind, const json& value, const std::string& name) {
 GrammarSpec json_spec(const json& value, const std::string& name) {
   if (value.is_object()) return schema_spec(value);
   if (!value.is_string()) throw Refused(fmt::format("{} must be object type.", name));
-  const json parsed = json::parse(value.get_ref<const std::string&>(), nullptr, false);
+  json parsed;
+  try {
+    parsed = parse_json(value.get_ref<const std::string&>(), name);
+  } catch (const Error& error) {
+    throw Refused(fmt::format("Parameter {} is not the JSON text of an object: {}", name, error.what()));
+  }
   if (!parsed.is_object())
     throw Refused(fmt::format("Parameter {} is not the JSON text of an object", name));
   return schema_spec(parsed);
@@ -183,10 +184,10 @@ void check_schema(const json& schema, const std::string& path) {
 std::optional<GrammarSpec> read_structure(Fields& fields, std::string_view body) {
   std::optional<GrammarSpec> found;
   std::string by;
-  const auto take = [&](const char* name, auto&& read) {
+  const auto take = [&](const char* name, auto&& read, const char* schema_at = nullptr) {
     const json* value = fields.find(name);
     if (value == nullptr) return;
-    std::optional<GrammarSpec> one = read(*value);
+    std::optional<GrammarSpec> one = with_order(read(*value), body, schema_at);
     if (one && found)
       throw Refused(fmt::format("Parameters {} and {} ask for two structures at once", by, name));
     if (one) {
@@ -194,20 +195,19 @@ std::optional<GrammarSpec> read_structure(Fields& fields, std::string_view body)
       by = name;
     }
   };
-  take("response_format", response_format);
-  take("structured_outputs", structured_outputs);
-  take("guided_json", [](const json& v) { return json_spec(v, "guided_json"); });
+  take("response_format", response_format, "/response_format/json_schema/schema");
+  take("structured_outputs", structured_outputs, "/structured_outputs/json");
+  take("guided_json", [](const json& v) { return json_spec(v, "guided_json"); }, "/guided_json");
   take("guided_regex", [](const json& v) { return text_spec(Kind::kRegex, v, "guided_regex"); });
   take("guided_choice", [](const json& v) { return choice_spec(v, "guided_choice"); });
   take("guided_grammar", [](const json& v) { return text_spec(Kind::kLark, v, "guided_grammar"); });
-  return with_order(std::move(found), body,
-                    {"/response_format/json_schema/schema", "/structured_outputs/json", "/guided_json"});
+  return found;
 }
 
 std::optional<GrammarSpec> read_tgi_grammar(Fields& fields, std::string_view body) {
   const json* value = fields.find("grammar");
   if (value == nullptr) return std::nullopt;
-  return with_order(tgi_grammar(*value), body, {"/parameters/grammar/value"});
+  return with_order(tgi_grammar(*value), body, "/parameters/grammar/value");
 }
 
 }  // namespace phalanx::api

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -10,6 +11,7 @@
 #include "phalanx/base/error.h"
 #include "phalanx/base/json.h"
 #include "phalanx/text/crate_call.h"
+#include "phalanx/text/large_stack.h"
 
 namespace phalanx::text {
 namespace {
@@ -20,6 +22,9 @@ constexpr int64_t kMaxTemplateBytes = 16 << 20;
 constexpr int64_t kMaxConfigBytes = 64 << 20;
 // About one instruction or 64 bytes each: a long conversation takes some 100,000.
 constexpr uint64_t kFuel = 2'000'000;
+// The crate compiles, prints and frees expressions and values by recursion, up to about 1 KB a level: of
+// a chain such as 1+1+1+... and of a list that was put into a list again and again.
+constexpr size_t kClientStack = size_t{1} << 30;
 
 PtxTemplate* compile(const std::string& source, const std::string& where) {
   PtxTemplate* handle = nullptr;
@@ -151,10 +156,15 @@ std::shared_ptr<const ChatTemplate> ChatTemplate::from_source(
 
 std::shared_ptr<const ChatTemplate> ChatTemplate::with_source(const std::string& source,
                                                               const std::string& where) const {
+  if (source.size() > kMaxClientTemplate)
+    throw Error(Code::kInvalidArgument,
+                fmt::format("{}: found {} bytes, expected at most {}", where, source.size(),
+                            kMaxClientTemplate));
   std::shared_ptr<ChatTemplate> result(new ChatTemplate);
   result->where_ = where;
   result->special_tokens_ = special_tokens_;
-  result->default_ = compile(source, where);
+  result->from_client_ = true;
+  on_large_stack(kClientStack, [&] { result->default_ = compile(source, where); });
   return result;
 }
 
@@ -164,6 +174,13 @@ ChatTemplate::~ChatTemplate() {
 }
 
 std::string ChatTemplate::render(const ChatInput& input) const {
+  if (!from_client_) return render_here(input);
+  std::string prompt;
+  on_large_stack(kClientStack, [&] { prompt = render_here(input); });
+  return prompt;
+}
+
+std::string ChatTemplate::render_here(const ChatInput& input) const {
   if (empty())
     throw Error(
         Code::kFailedPrecondition,
@@ -197,7 +214,8 @@ std::string ChatTemplate::render(const ChatInput& input) const {
                                              std::chrono::system_clock::now().time_since_epoch())
                                              .count());
   // A large conversation pays for its own size.
-  const uint64_t fuel = kFuel + (input.messages_json.size() + input.tools_json.size()) / 2;
+  const uint64_t extra = (input.messages_json.size() + input.tools_json.size()) / 2;
+  const uint64_t fuel = kFuel + (from_client_ ? std::min(extra, kFuel) : extra);
   const bool with_tools = !input.tools_json.empty() && tool_use_ != nullptr;
   PtxBytes out{};
   PtxBytes error{};

@@ -38,7 +38,10 @@ class ChatTemplate {
   [[nodiscard]] static std::shared_ptr<const ChatTemplate> from_source(
       const std::string& source, const std::map<std::string, std::string>& special_tokens,
       const std::string& where);
-  // Another template with this one's special tokens. Throws kInvalidArgument.
+  // Another template, which a client sent, with this one's special tokens; at most kMaxClientTemplate
+  // bytes. It is compiled and rendered on a stack large enough for any nesting of that size and of what
+  // it can build within its bound of work. Throws kInvalidArgument, kResourceExhausted.
+  static constexpr size_t kMaxClientTemplate = 256 << 10;
   [[nodiscard]] std::shared_ptr<const ChatTemplate> with_source(const std::string& source,
                                                                 const std::string& where) const;
   ~ChatTemplate();
@@ -54,11 +57,13 @@ class ChatTemplate {
 
  private:
   ChatTemplate() = default;
+  [[nodiscard]] std::string render_here(const ChatInput& input) const;
 
   PtxTemplate* default_ = nullptr;
   PtxTemplate* tool_use_ = nullptr;
   std::map<std::string, std::string> special_tokens_;  // name to JSON text
   std::string where_;
+  bool from_client_ = false;
 };
 
 }  // namespace phalanx::text

@@ -177,6 +177,42 @@ TEST(ChatTemplate, WorkAndMemoryAreBounded) {
   EXPECT_LT(Clock::now() - start, std::chrono::seconds(20));
 }
 
+TEST(ChatTemplate, WhatAClientSendsMayNest) {
+  const auto own = ChatTemplate::from_source("{{ 1 }}", {}, "test");
+  const auto outcome = [&](const std::string& source) -> std::string {
+    try {
+      return own->with_source(source, "chat_template of the request")->render({.messages_json = kHello});
+    } catch (const Error& e) {
+      return e.what();
+    }
+  };
+  const auto times = [](size_t count, const std::string& part) {
+    std::string text;
+    for (size_t i = 0; i < count; ++i) text += part;
+    return text;
+  };
+  EXPECT_EQ(outcome("{{ 1" + times(100'000, "+1") + " }}"), "100001");
+  EXPECT_EQ(outcome("{{ 1" + times(50'000, "|abs") + " }}"), "1");
+  EXPECT_EQ(outcome("{{ " + times(200'000, "-") + "1 }}"), "1");
+  EXPECT_EQ(outcome("{{ " + times(50'000, "not ") + "true }}"), "True");
+  EXPECT_EQ(outcome("{% if false %}" + times(10'000, "{% elif false %}") + "{% else %}a{% endif %}"), "a");
+  EXPECT_EQ(outcome("{% set ns = namespace(x=[]) %}{% for a in range(100000) %}{% set ns.x = [ns.x] %}"
+                    "{% endfor %}{{ ns.x|length }}"),
+            "1");
+  for (const char* end : {"{{ ns.x }}", "{{ ns.x|tojson }}", "{{ ns.x == ns.y }}", "{{ ns.x|string|length }}"})
+    EXPECT_FALSE(outcome("{% set ns = namespace(x=[], y=[]) %}{% for a in range(100000) %}{% set ns.x = "
+                         "[ns.x] %}{% set ns.y = [ns.y] %}{% endfor %}" +
+                         std::string(end))
+                     .empty())
+        << end;
+  EXPECT_NE(outcome("{% set ns = namespace(x=[]) %}{% for a in range(9999) %}{% for b in range(9999) %}"
+                    "{% set ns.x = [ns.x] %}{% endfor %}{% endfor %}")
+                .find("bound of work"),
+            std::string::npos);
+  EXPECT_EQ(outcome(times(300'000, "a")),
+            "chat_template of the request: found 300000 bytes, expected at most 262144");
+}
+
 class ChatTemplateFiles : public testing::Test {
  protected:
   void SetUp() override {

@@ -4,9 +4,22 @@
 
 #include "phalanx/base/error.h"
 #include "phalanx/text/crate_call.h"
+#include "phalanx/text/grammar_size.h"
+#include "phalanx/text/large_stack.h"
 
 namespace phalanx::text {
 namespace {
+
+// The crate follows references and expressions by recursion: a schema of that size can hold a chain of
+// some 30,000 $ref.
+constexpr size_t kMaxText = 1 << 20;
+constexpr size_t kStack = size_t{1} << 30;
+
+// The crate's message for a client.
+std::string plain(std::string message) {
+  if (const size_t at = message.find("\n<non-verbose/>"); at != std::string::npos) message.erase(at);
+  return message == "NoExtensionBias" ? "no text satisfies it" : message;
+}
 
 class Walker final : public GrammarWalker {
  public:
@@ -65,11 +78,24 @@ Grammars::Grammars(const Tokenizer& tokenizer, int64_t vocab, std::span<const in
 Grammars::~Grammars() { ptx_grammars_free(handle_); }
 
 std::unique_ptr<GrammarWalker> Grammars::compile(const GrammarSpec& spec) const {
+  if (spec.text.size() > kMaxText)
+    throw Error(Code::kInvalidArgument,
+                fmt::format("the {} cannot be used: found {} bytes, expected at most {}",
+                            kind_name(spec.kind), spec.text.size(), kMaxText));
   PtxWalker* walker = nullptr;
   PtxBytes error{};
-  if (!ptx_grammar_compile(handle_, lend(kind_name(spec.kind)), lend(spec.text), &walker, &error))
+  bool compiled = false;
+  on_large_stack(kStack, [&] {
+    try {
+      check_lexemes(spec);
+    } catch (const Error& e) {
+      throw Error(e.code(), fmt::format("the {} cannot be used: {}", kind_name(spec.kind), e.what()));
+    }
+    compiled = ptx_grammar_compile(handle_, lend(kind_name(spec.kind)), lend(spec.text), &walker, &error);
+  });
+  if (!compiled)
     throw Error(Code::kInvalidArgument,
-                fmt::format("the {} cannot be used: {}", kind_name(spec.kind), take(error)));
+                fmt::format("the {} cannot be used: {}", kind_name(spec.kind), plain(take(error))));
   return std::make_unique<Walker>(walker);
 }
 

@@ -1,10 +1,13 @@
 #include "phalanx/text/grammar.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <ctime>
 #include <nlohmann/json.hpp>
 
+#include "phalanx/base/clock.h"
 #include "phalanx/base/error.h"
 #include "phalanx/base/json.h"
 #include "phalanx/text/testing_files.h"
@@ -89,6 +92,7 @@ TEST(Grammars, RefuseWhatCannotBeFollowedSoon) {
       {{Kind::kJsonSchema, "{"}, "json_schema"},
       {{Kind::kJsonSchema, R"({"type":"object","properties":{"a":{"$ref":"#/nowhere"}}})"}, "nowhere"},
       {{Kind::kJsonSchema, R"({"type":"integer","minimum":5,"maximum":3})"}, "json_schema"},
+      {{Kind::kJsonSchema, R"({"allOf":[{"$ref":"#"}]})"}, "json_schema cannot be used: no text satisfies it"},
       {{Kind::kJsonSchema, R"({"type":"array","uniqueItems":true})"}, "uniqueItems"},
       {{Kind::kRegex, "(unclosed"}, "regex"},
       {{Kind::kRegex, "(?=look)ahead"}, "regex"},
@@ -111,6 +115,74 @@ TEST(Grammars, RefuseWhatCannotBeFollowedSoon) {
 }
 
 // Either is fine, but neither may take long.
+// Followed by recursion in the crate: on an ordinary stack each of them ended the process.
+TEST(Grammars, ChainsOfAnyLengthEndTheRequestAlone) {
+  const Fixture f;
+  const auto chain = [](const std::string& before, const std::string& after) {
+    std::string text = R"({"$ref":"#/$defs/d0","$defs":{)";
+    for (int i = 0; i < 20'000; ++i)
+      text += fmt::format(R"("d{}":{}{{"$ref":"#/$defs/d{}"}}{},)", i, before, i + 1, after);
+    return text + R"("d20000":{"type":"string"}}})";
+  };
+  for (const auto& [before, after] : {std::pair("", ""), std::pair(R"({"allOf":[)", "]}"),
+                                      std::pair(R"({"anyOf":[)", R"(,{"type":"null"}]})")}) {
+    const auto start = Clock::now();
+    try {
+      (void)f.grammars.compile({.kind = Kind::kJsonSchema, .text = chain(before, after)});
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), Code::kInvalidArgument);
+      EXPECT_NE(std::string(e.what()).find("json_schema cannot be used"), std::string::npos) << e.what();
+    }
+    EXPECT_LT(Clock::now() - start, std::chrono::seconds(20)) << before;
+  }
+  try {
+    (void)f.grammars.compile({.kind = Kind::kRegex, .text = std::string(2'000'000, 'a')});
+    ADD_FAILURE() << "compiled";
+  } catch (const Error& e) {
+    EXPECT_STREQ(e.what(), "the regex cannot be used: found 2000000 bytes, expected at most 1048576");
+  }
+}
+
+TEST(Grammars, RepetitionsOfOneLexemeAreBounded) {
+  const Fixture f;
+  const auto times = [](int count, const std::string& part) {
+    std::string text;
+    for (int i = 0; i < count; ++i) text += part;
+    return text;
+  };
+  // Each line doubles: 2^30 repetitions in 31 lines.
+  std::string doubling = "start: A30\nA0: \"a\"?\n";
+  for (int i = 0; i < 30; ++i) doubling += fmt::format("A{}.2 : A{} A{}\n", i + 1, i, i);
+  const std::pair<GrammarSpec, const char*> cases[] = {
+      {{Kind::kRegex, times(5000, "a?")}, "the regex cannot be used: expression: more than 4000 repetitions"},
+      {{Kind::kJsonSchema, R"({"type":"string","pattern":")" + times(5000, "(ab)*") + "\"}"},
+       "pattern: more than 4000 repetitions"},
+      {{Kind::kLark, "start: /" + times(5000, "a{0,1}") + "/"}, "expression: more than 4000 repetitions"},
+      {{Kind::kLark, "start: A\nA: " + times(5000, "\"b\"? ")}, "terminal A: more than 4000 repetitions"},
+      {{Kind::kLark, doubling}, "more than 4000 repetitions"},
+      {{Kind::kLark, "start: B22\nB0: \"abcdefgh\"\n" + [] {
+          std::string lines;
+          for (int i = 0; i < 22; ++i) lines += fmt::format("B{}: B{} B{}\n", i + 1, i, i);
+          return lines;
+        }()},
+       "longer than 1048576 bytes"},
+  };
+  const auto start = Clock::now();
+  for (const auto& [spec, part] : cases) {
+    try {
+      (void)f.grammars.compile(spec);
+      ADD_FAILURE() << part;
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+    }
+  }
+  EXPECT_LT(Clock::now() - start, std::chrono::seconds(10));
+  // Many in rules, not in one lexeme; strings and comments hold none.
+  const GrammarSpec rules{Kind::kLark, "// ????\nstart: \"?\" x\nx: " + times(50, "\"b\"? ") + "| A\nA: /c\\?+/\n"};
+  EXPECT_TRUE(f.accepts(rules, "?bbb"));
+  EXPECT_TRUE(f.accepts(rules, "?c??"));
+}
+
 TEST(Grammars, EveryEndTokenEnds) {
   const Fixture f;
   const int32_t ends[] = {f.end, f.end - 1};
