@@ -176,8 +176,9 @@ class Coordinator {
   // Reports a fault of the master's own node (a dead rank) in that generation: as if a node had
   // reported it. definite: it is no echo of another node's fault.
   void report_local_fault(uint64_t generation, const Error& error, bool definite);
-  // Tells every node to stop, waits for their goodbye until the deadline. From any thread, also
-  // during start(). After it, or fail(), losses are no longer told.
+  // Tells every node to stop, waits for their goodbye until the deadline, and two lost_seconds more
+  // for nodes that are silent or cut off, to tell them. From any thread, also during start(). After
+  // it, or fail(), losses are no longer told.
   void stop(const std::string& reason, Deadline deadline);
   // Tells every node that the instance failed (they exit non-zero).
   void fail(const Error& error, Deadline deadline);
