@@ -236,6 +236,9 @@ std::optional<LinearFormat> ct_group(const Reader& r, const std::string& where, 
   const bool symmetric = flag_at(weights, "symmetric", true);
   const std::string kind = fmt::format("{} {} bits {}", type, bits, strategy);
   LinearFormat f{.bits = static_cast<int>(bits), .zeros = !symmetric};
+  // "weight" and "static" sort the columns before they are cut into groups, which nobody sees later.
+  const std::string actorder = lower(text_at(weights, "actorder"));
+  f.order = actorder == "group" || actorder == "dynamic" || flag_at(weights, "actorder", false);
   if (strategy == "group") {
     f.group = integer_at(weights, "group_size", 0);
     if (f.group < 16 || f.group % 16 != 0) {
@@ -250,7 +253,7 @@ std::optional<LinearFormat> ct_group(const Reader& r, const std::string& where, 
     return std::nullopt;
   }
   const std::string g = f.group != 0 ? fmt::format(" g{}", f.group) : "";
-  if (type == "float" && bits == 8 && symmetric && strategy == "channel") {
+  if (type == "float" && bits == 8 && symmetric && strategy == "channel" && input.is_null()) {
     f.scheme = Scheme::kFp8;
     f.storage = Storage::kCodesFp8;
     f.name = "fp8 weights (float-quantized)";
@@ -263,13 +266,13 @@ std::optional<LinearFormat> ct_group(const Reader& r, const std::string& where, 
     f.name = fmt::format("W{}A16{} (pack-quantized)", bits, g);
     return f;
   }
-  if (type == "int" && bits == 8 && format_name == "int-quantized" && input.is_null()) {
+  if (type == "int" && bits == 8 && format_name == "int-quantized" && input.is_null() && !f.order) {
     f.scheme = Scheme::kCtWeightInt8;
     f.storage = Storage::kCodes8;
     f.name = fmt::format("W8A16{} (int-quantized)", g);
     return f;
   }
-  if (type == "int" && bits == 8 && format_name == "int-quantized" && strategy != "group" &&
+  if (type == "int" && bits == 8 && format_name == "int-quantized" && strategy != "group" && !f.order &&
       input.is_object() && integer_at(input, "num_bits", 0) == 8 &&
       text_at(input, "type", "int") == "int") {
     const bool dynamic = flag_at(input, "dynamic", false);
@@ -356,7 +359,7 @@ void read_compressed_tensors(const Reader& r, const json& q) {
                "config.json and the weight files must belong to one checkpoint");
       continue;
     }
-    format.order = packed && r.has(layer + ".weight_g_idx");
+    format.order = packed && (format.order || r.has(layer + ".weight_g_idx"));
     r.add(layer, format, ".weight_scale");
   }
 }
@@ -420,7 +423,7 @@ void read_awq_or_gptq(const Reader& r, const json& q, bool awq) {
                    .bits = static_cast<int>(bits),
                    .group = group > 0 ? group : 0,
                    .zeros = true};
-    f.order = !awq && flag_at(q, "desc_act", false) && r.has(layer + ".g_idx");
+    f.order = !awq && flag_at(q, "desc_act", false);
     f.zeros_minus_one = !awq && layout == "gptq";
     f.name = fmt::format("{} int{}{}{}", awq ? "awq" : "gptq", bits, g, f.order ? " act-order" : "");
     r.add(layer, f, ".scales");
