@@ -255,6 +255,21 @@ TEST(Dialects, RefuseInTheirOwnShape) {
   }
 }
 
+// The schema that counts, where the request holds another one that does not.
+TEST(Structure, OfTextFormatIsNotTheSchemaBesideIt) {
+  Instance instance;
+  const auto status = [&](const char* counts, const char* beside) {
+    const json body{{"model", "demo"},
+                    {"prompt", "x"},
+                    {"guided_json", {{"title", counts}}},
+                    {"response_format",
+                     {{"type", "text"}, {"json_schema", {{"name", "a"}, {"schema", {{"title", beside}}}}}}}};
+    return post(instance.port, "/v1/completions", body.dump()).status;
+  };
+  EXPECT_EQ(status("mine", "impossible"), 200);
+  EXPECT_EQ(status("impossible", "mine"), 422);
+}
+
 TEST(Structure, InTextIsBoundedInDepth) {
   Instance instance;
   std::string schema;
