@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "phalanx/base/error.h"
+#include "phalanx/ops/cpu/amx.h"
 #include "phalanx/ops/cpu/cpu.h"
 #include "phalanx/ops/cpu/kernels.h"
 #include "phalanx/ops/ops.h"
@@ -308,20 +309,27 @@ int bench_flops(int argc, char** argv) {
     for (const Isa isa : ops::available_isas()) {
       if (isa == Isa::kRef) continue;
       const bool pairs = kernels(isa).pairs;
+      const char* product = isa == Isa::kAmx ? "bf16 tiles" : pairs ? "bf16 pairs" : "f32";
       for (const int threads : o.threads) {
         ThreadPool pool(pool_options(o, threads));
         std::vector<double> rates;
         for (int r = 0; r < o.rounds; ++r)
           rates.push_back(peak_flops(o, pool, kernels(isa), pairs) * 1e-9);
-        std::printf("| %s | %s | %d | %.0f |\n", isa_name(isa).data(), pairs ? "bf16 pairs" : "f32",
-                    threads, median(rates));
+        std::printf("| %s | %s | %d | %.0f |\n", isa_name(isa).data(), product, threads,
+                    median(rates));
       }
     }
+    if (!ops::cpu::amx_refusal().empty())
+      std::printf("| amx | bf16 tiles | | not run: %s |\n", ops::cpu::amx_refusal().c_str());
   });
 }
 
 int bench_gemm(int argc, char** argv) {
   return guarded(argc, argv, "Linear layers of a 1B model", [](Options o) {
+    if (o.isa == isa_name(Isa::kAmx) && !ops::cpu::amx_refusal().empty()) {
+      std::printf("amx: not run: %s\n", ops::cpu::amx_refusal().c_str());
+      return;
+    }
     const Isa isa = isa_named(o.isa);
     const DType dtype = dtype_named(o.dtype);
     if (dtype == DType::kI8)
@@ -465,8 +473,9 @@ int bench_attention(int argc, char** argv) {
           } else {
             const double positions = static_cast<double>(c.tokens) *
                                      static_cast<double>(2 * c.context - c.tokens + 1) / 2;
+            // On the path amx too, attention goes by pairs.
             least = 4.0 * positions * static_cast<double>(width) /
-                    peak_flops(o, pool, kernels(isa), pairs);
+                    peak_flops(o, pool, kernels(isa == Isa::kAmx ? Isa::kAvx512Bf16 : isa), pairs);
           }
           const double s = seconds(o, [&] { ops::attention(ctx, in, slices, shape, cache.layer, out); });
           time.push_back(s);

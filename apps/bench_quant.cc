@@ -103,6 +103,9 @@ void measure(const Arguments& a, const Format& format, int threads) {
   const ops::cpu::Kernels* kernels = ops::cpu::kernels_of(isa);
   if (kernels == nullptr)
     throw Error(Code::kInvalidArgument, "PHALANX_CPU_ISA: the reference has nothing to measure");
+  // Codes that become bf16 go by pairs on the path amx too.
+  const ops::cpu::Kernels& codes =
+      *ops::cpu::kernels_of(isa == ops::Isa::kAmx ? ops::Isa::kAvx512Bf16 : isa);
   const ops::cpu::IntegerKernels& integers = *ops::cpu::integer_kernels_of(isa);
   const auto layout = [&](int64_t rows, int64_t k) {
     return ops::PackedLinear{.rows = rows, .k = k, .dtype = DType::kBF16, .isa = isa,
@@ -158,7 +161,7 @@ void measure(const Arguments& a, const Format& format, int threads) {
     const double s = seconds(a.cpu_time, [&] {
       pool.run([&](int) {
         operations += format.storage == Storage::kInt8 ? integers.peak(1'000'000)
-                                                       : kernels->peak(1'000'000, kernels->pairs);
+                                                       : codes.peak(1'000'000, codes.pairs);
       });
     });
     return static_cast<double>(operations) / s;

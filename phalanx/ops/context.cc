@@ -3,6 +3,7 @@
 #include <string>
 
 #include "phalanx/base/error.h"
+#include "phalanx/ops/cpu/amx.h"
 #include "phalanx/ops/cpu/cpu.h"
 #include "phalanx/ops/cpu/integer_kernels.h"
 #include "phalanx/ops/ops.h"
@@ -40,6 +41,8 @@ const cpu::Kernels* cpu::kernels_of(Isa isa) {
       return &cpu::avx512_kernels();
     case Isa::kAvx512Bf16:
       return &cpu::avx512bf16_kernels();
+    case Isa::kAmx:
+      return &cpu::amx_kernels();
     default:
       break;
   }
@@ -60,6 +63,8 @@ const cpu::IntegerKernels* cpu::integer_kernels_of(Isa isa) {
     case Isa::kAvx512Bf16:
       return __builtin_cpu_supports("avx512vbmi") ? &cpu::avx512bf16_integer_kernels()
                                                   : &cpu::avx512_integer_kernels();
+    case Isa::kAmx:
+      return &cpu::amx_integer_kernels();
     default:
       break;
   }
@@ -124,6 +129,9 @@ void measure(const Context::Options& options, int threads, Context::Scratch& scr
   scratch.kernels = cpu::kernels_of(options.isa);
   if (scratch.kernels == nullptr) return;
   scratch.integers = cpu::integer_kernels_of(options.isa);
+  // In the class amx by pairs, as IntegerKernels::stream does it for few tokens.
+  scratch.multiply_codes =
+      cpu::kernels_of(options.isa == Isa::kAmx ? Isa::kAvx512Bf16 : options.isa)->multiply_bf16;
   scratch.max_tokens = options.max_tokens;
   scratch.max_k = options.max_k;
   scratch.max_head_dim = options.max_head_dim;

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "phalanx/base/error.h"
+#include "phalanx/ops/cpu/amx.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -59,17 +60,35 @@ bool machine_has(Isa isa) {
     case Isa::kAvx512Bf16:
       return avx512 && bit(seven_one.eax, 5);
     case Isa::kAmx:
-      return false;  // no kernels in this build
+      return cpu::amx_refusal().empty();
   }
   return false;
 }
 
-// Tiles, and the operating system saves them.
-bool has_amx() { return (saved_states() & 0x60000) == 0x60000 && bit(cpuid(7, 0).edx, 24); }
+// Tiles of the size that the kernels are written for, with products of bf16 and of int8, and an
+// operating system that saves them.
+bool has_amx() {
+  const uint32_t features = cpuid(7, 0).edx;
+  const Registers palette = cpuid(0x1d, 1);
+  return (saved_states() & 0x60000) == 0x60000 && bit(features, 22) && bit(features, 24) &&
+         bit(features, 25) && (palette.ebx & 0xffff) == 64 && palette.ebx >> 16 >= 8 &&
+         (palette.ecx & 0xffff) == 16;
+}
+
+std::string find_amx_refusal() {
+  if (!has_amx()) return std::string(cpu::kNoAmx);
+  if (!machine_has(Isa::kAvx512Bf16) || !__builtin_cpu_supports("avx512vbmi") ||
+      !__builtin_cpu_supports("avx512vnni"))
+    return "no AVX-512 with bf16, VNNI and VBMI beside it";
+  if (std::string refusal = cpu::ask_for_tiles(); !refusal.empty()) return refusal;
+  if (!cpu::tiles_agree(cpu::amx_kernels().multiply_bf16, cpu::amx_integer_kernels().multiply_int8))
+    return "its products are not those of the reference";
+  return "";
+}
 
 #else
 
-bool has_amx() { return false; }
+std::string find_amx_refusal() { return std::string(cpu::kNoAmx); }
 bool machine_has(Isa isa) { return isa == Isa::kRef; }
 
 #endif
@@ -131,7 +150,16 @@ Isa best_isa_of(NumericClass c) {
                   std::string(numeric_class_name(c)));
 }
 
-std::string_view isa_note() { return has_amx() ? ", AMX present, not used" : ""; }
+const std::string& cpu::amx_refusal() {
+  static const std::string refusal = find_amx_refusal();
+  return refusal;
+}
+
+std::string_view isa_note() {
+  static const std::string note = ", AMX present, not used: " + cpu::amx_refusal();
+  const bool silent = cpu::amx_refusal().empty() || cpu::amx_refusal() == cpu::kNoAmx;
+  return silent ? std::string_view() : std::string_view(note);
+}
 
 Isa choose_isa() {
   const std::vector<Isa> available = available_isas();
@@ -149,7 +177,8 @@ Isa choose_isa() {
       to_string(Problem{
           .what = known ? "kernels that this machine or this build lacks" : "unknown kernel path",
           .where = "environment variable PHALANX_CPU_ISA",
-          .found = "\"" + std::string(wanted) + "\"",
+          .found = "\"" + std::string(wanted) + "\"" +
+                   (wanted == isa_name(Isa::kAmx) ? " (" + cpu::amx_refusal() + ")" : ""),
           .expected = "one of " + names,
           .fix = "unset it to use \"" + std::string(isa_name(available.back())) +
                  "\", the best one here"}));

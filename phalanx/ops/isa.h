@@ -25,7 +25,7 @@ enum class NumericClass { kFma32, kBf16Dp, kAmx };
 // Error(kInvalidArgument) naming the choices when the machine lacks it.
 [[nodiscard]] Isa choose_isa();
 
-// What this machine has and no path uses, to follow a path's name: ", AMX present, not used", or "".
+// To follow a path's name: ", AMX present, not used: " and why (cpu/amx.h), or "".
 [[nodiscard]] std::string_view isa_note();
 
 // Rises whenever the bits of any kernel change; must agree between nodes.

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "phalanx/base/error.h"
+#include "phalanx/ops/cpu/amx.h"
 
 namespace phalanx::ops {
 namespace {
@@ -41,6 +42,7 @@ TEST(Isa, BestIsChosenUnlessOneIsNamed) {
 
 TEST(Isa, AbsentPathIsRefusedWithTheChoices) {
   for (const char* name : {"amx", "sse9"}) {
+    if (name == isa_name(available_isas().back())) continue;
     Environment named(name);
     try {
       (void)choose_isa();
@@ -51,15 +53,31 @@ TEST(Isa, AbsentPathIsRefusedWithTheChoices) {
       EXPECT_NE(message.find("PHALANX_CPU_ISA"), std::string::npos) << message;
       EXPECT_NE(message.find(std::string("\"") + name + "\""), std::string::npos) << message;
       EXPECT_NE(message.find("ref"), std::string::npos) << message;
+      if (name == isa_name(Isa::kAmx)) {
+        EXPECT_NE(message.find("(" + cpu::amx_refusal() + ")"), std::string::npos) << message;
+      }
     }
   }
 }
 
-TEST(Isa, AmxIsNamedWhereTheSystemOffersIt) {
+TEST(Isa, AmxIsUsedOrRefusedForAReason) {
   std::ifstream cpuinfo("/proc/cpuinfo");
   bool amx = false;
   for (std::string word; cpuinfo >> word;) amx |= word == "amx_tile";
-  EXPECT_EQ(isa_note(), amx ? ", AMX present, not used" : "");
+  const bool used = available_isas().back() == Isa::kAmx;
+  EXPECT_EQ(used, cpu::amx_refusal().empty());
+  if (used) {
+    EXPECT_TRUE(amx);
+    EXPECT_EQ(isa_note(), "");
+  } else if (amx) {
+    EXPECT_NE(cpu::amx_refusal(), "");
+    if (cpu::amx_refusal() != cpu::kNoAmx) {  // else tiles without products of bf16 or int8
+      EXPECT_EQ(isa_note(), ", AMX present, not used: " + cpu::amx_refusal());
+    }
+  } else {
+    EXPECT_EQ(cpu::amx_refusal(), cpu::kNoAmx);
+    EXPECT_EQ(isa_note(), "");
+  }
 }
 
 TEST(Isa, BestOfAClassBelongsToIt) {
@@ -68,7 +86,9 @@ TEST(Isa, BestOfAClassBelongsToIt) {
     EXPECT_EQ(numeric_class_of(best), numeric_class_of(isa));
     EXPECT_GE(static_cast<int>(best), static_cast<int>(isa));
   }
-  EXPECT_THROW((void)best_isa_of(NumericClass::kAmx), Error);
+  if (!cpu::amx_refusal().empty()) {
+    EXPECT_THROW((void)best_isa_of(NumericClass::kAmx), Error);
+  }
 }
 
 }  // namespace

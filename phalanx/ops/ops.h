@@ -5,9 +5,9 @@
 // checkpoints, f32 otherwise. Each function checks shapes, then dispatches to ops/cpu (by
 // Context::isa) or ops/ref. No allocation: scratch comes from the Context.
 //
-// One order: every output element is computed by the same sequence of operations whatever the
-// number of tokens, threads, ranks, and wherever its row lies: one accumulator, K ascending (pairs
-// for bf16dp). Rounding to act happens only where a comment says so.
+// One order: every output element is computed by the same operations whatever the number of tokens,
+// threads, ranks, and wherever its row lies: one accumulator, K ascending (bf16dp: pairs; amx: tiles
+// of 32 for bf16 weights). Rounding to act happens only where a comment says so.
 
 #include <cstdint>
 #include <functional>

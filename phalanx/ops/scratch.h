@@ -71,6 +71,7 @@ struct Context::Scratch {
 
   // Of quantised weights, for kTokenBlock tokens (nullptr unless Options::quantised):
   const cpu::IntegerKernels* integers = nullptr;
+  void (*multiply_codes)(const cpu::Product&) = nullptr;  // of those that became bf16
   std::byte* prepared = nullptr;  // [kTokenBlock][prepared_stride]: quantised or reordered inputs
   int64_t prepared_stride = 0;    // bytes
   float* token_scale = nullptr;   // [kTokenBlock]

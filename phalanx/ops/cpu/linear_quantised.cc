@@ -92,8 +92,7 @@ const float* code_sums(const Context::Scratch& s, const QuantisedItem& i, Thread
     return thread.totals;
   }
   // Codes become bf16 (or f16 for inputs of f32) in the cache, and then the float kernel's weights.
-  const auto call = pairs || w.dtype == DType::kBF16 ? s.kernels->multiply_bf16
-                                                     : s.kernels->multiply_f16;
+  const auto call = pairs || w.dtype == DType::kBF16 ? s.multiply_codes : s.kernels->multiply_f16;
   const bool as_pairs = w.dtype == DType::kBF16;
   const int64_t x_bytes = pairs ? 2 : 4;
   for (int64_t g = 0; g < i.inputs.groups; ++g) {

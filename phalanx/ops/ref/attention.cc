@@ -32,7 +32,7 @@ void attention(const MatrixView& qkv, std::span<const SequenceSlice> sequences,
                const AttentionShape& shape, const KvLayer& kv, const MatrixView& out,
                NumericClass numeric_class) {
   const int64_t head_dim = shape.head_dim;
-  const bool pairs = numeric_class == NumericClass::kBf16Dp && qkv.dtype == DType::kBF16 &&
+  const bool pairs = sums_pairs(numeric_class) && qkv.dtype == DType::kBF16 &&
                      kv.dtype != DType::kF32;
   auto rounded = [&](float x) { return pairs ? tensor::bf16_to_f32(tensor::f32_to_bf16(x)) : x; };
   for (const SequenceSlice& sequence : sequences) {

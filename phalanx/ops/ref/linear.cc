@@ -7,7 +7,7 @@
 namespace phalanx::ops::ref {
 namespace {
 
-// One output: one accumulator, k ascending.
+// One output: one accumulator, k ascending (amx: by tiles).
 float product(const MatrixView& x, int64_t t, const PackedLinear& w, int64_t row,
               NumericClass numeric_class) {
   const std::byte* panel = w.data + row / tensor::kPanelRows * panel_bytes(w.k, w.dtype);
@@ -17,7 +17,17 @@ float product(const MatrixView& x, int64_t t, const PackedLinear& w, int64_t row
   auto weight = [&](int64_t k) { return load(panel, w.dtype, panel_index(r, k, w.dtype)); };
   auto value = [&](int64_t k) { return k < w.k ? load(input, x.dtype, k) : 0.0f; };
   float acc = 0;
-  if (numeric_class == NumericClass::kBf16Dp && w.dtype == DType::kBF16) {
+  if (numeric_class == NumericClass::kAmx && w.dtype == DType::kBF16) {
+    for (int64_t k = 0; k < w.k; k += 32) {  // the last tile is filled up with zeros
+      float weights[32] = {};
+      float values[32] = {};
+      for (int64_t i = 0; i < 32 && k + i < w.k; ++i) {
+        weights[i] = weight(k + i);
+        values[i] = value(k + i);
+      }
+      acc = dot_tile(acc, weights, values);
+    }
+  } else if (numeric_class == NumericClass::kBf16Dp && w.dtype == DType::kBF16) {
     for (int64_t k = 0; k < w.k; k += 2)
       acc = dot_pair(acc, weight(k), weight(k + 1), value(k), value(k + 1));
   } else {

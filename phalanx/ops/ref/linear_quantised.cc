@@ -104,7 +104,7 @@ float code_product(const std::vector<float>& x, const PackedLinear& w, int64_t r
 template <typename Use>
 void for_each_token(const MatrixView& x, const PackedLinear& w, NumericClass numeric_class,
                     Use use) {
-  const bool pairs = numeric_class == NumericClass::kBf16Dp && x.dtype == DType::kBF16;
+  const bool pairs = sums_pairs(numeric_class) && x.dtype == DType::kBF16;
   for (int64_t t = 0; t < x.rows; ++t) {
     const std::vector<float> values = values_of(x, t, w);
     if (w.storage == Storage::kInt8) {

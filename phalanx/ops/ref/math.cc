@@ -40,4 +40,14 @@ float dot_pair(float acc, float w0, float w1, float x0, float x1) {
   return flush(std::fma(flush(w0), flush(x0), acc));
 }
 
+float dot_tile(float acc, const float* w, const float* x) {
+  float even = 0;
+  float odd = 0;
+  for (int k = 0; k < 32; k += 2) {
+    even = flush(std::fma(flush(x[k]), flush(w[k]), even));
+    odd = flush(std::fma(flush(x[k + 1]), flush(w[k + 1]), odd));
+  }
+  return flush(flush(acc) + flush(even + odd));
+}
+
 }  // namespace phalanx::ops::ref

@@ -19,6 +19,15 @@ namespace phalanx::ops::ref {
 // for bit (Intel SDM, "VDPBF16PS"; also checked against the instruction by the tests).
 [[nodiscard]] float dot_pair(float acc, float w0, float w1, float x0, float x1);
 
+// acc + what one TDPBF16PS adds to an element, from 16 pairs: the even and the odd products each
+// summed up by fused operations, k ascending, then even + odd; subnormal inputs and results are zeros
+// (Intel SDM, "TDPBF16PS").
+[[nodiscard]] float dot_tile(float acc, const float* w, const float* x);
+
+// Whether bf16 products but those of linear layers with bf16 weights (attention, codes) are sums of
+// pairs.
+[[nodiscard]] constexpr bool sums_pairs(NumericClass c) { return c != NumericClass::kFma32; }
+
 void linear(const MatrixView& x, const PackedLinear& w, const float* bias, const MatrixView& out,
             NumericClass numeric_class);
 void gated_linear(const MatrixView& x, const PackedGated& w, const float* gate_bias,
