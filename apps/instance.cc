@@ -129,6 +129,7 @@ struct Instance::State {
   bool opened = false;                                // the head; main thread
   std::string success_line;
   std::function<std::shared_ptr<const net::TlsMaterial>()> renewed_tls;
+  bool mixed_classes = false;
 
   mutable std::mutex mutex;
   std::condition_variable changed;
@@ -522,6 +523,7 @@ void Instance::set_renewed_tls(
     std::function<std::shared_ptr<const net::TlsMaterial>()> renewed) {
   state_->renewed_tls = std::move(renewed);
 }
+void Instance::set_mixed_classes(bool mixed) { state_->mixed_classes = mixed; }
 void Instance::set_success_line(std::string line) { state_->success_line = std::move(line); }
 bool Instance::is_master() const { return state_->master(); }
 void Instance::stop(const std::string& reason) { state_->request_stop(reason); }
@@ -532,14 +534,17 @@ int Instance::run() {
   });
   cluster::NodeOffer offer = state_->node.offer();
   if (needs_bandwidth(state_->config)) offer.bytes_per_second = measured_bandwidth();
+  cluster::JoinFacts facts = join_facts(state_->config, state_->plan);
+  facts.emplace_back("isa", state_->mixed_classes ? "mixed" : "common");
   const cluster::ControlOptions options{
       .table = state_->config.table,
       .own_server = state_->config.own_server,
       .port = static_cast<uint16_t>(state_->config.backend.multi_nodes_port),
       .tls = state_->config.inter_node.material,
       .renewed_tls = state_->renewed_tls,
-      .facts = join_facts(state_->config, state_->plan),
+      .facts = facts,
       .offer = offer,
+      .mixed_classes = state_->mixed_classes,
       .join_seconds = state_->config.connect_timeout_s,
       .recover = state_->config.recover,
       .recovery_seconds = state_->config.recovery_seconds,
@@ -590,6 +595,8 @@ std::string Instance::status_json() const {
                      {"last_contact_seconds", node.last_contact_seconds},
                      {"build", node.offer.build},
                      {"cores", node.offer.cores},
+                     {"numeric_class",
+                      node.offer.numeric_classes.empty() ? "" : node.offer.numeric_classes.back()},
                      {"memory_bytes", node.offer.memory_bytes},
                      {"bytes_per_second", node.offer.bytes_per_second},
                      {"spare", node.spare}});

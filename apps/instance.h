@@ -46,6 +46,9 @@ class Instance {
   void set_head(std::unique_ptr<Head> head);
   // What the certificate between nodes is by now (cluster::ControlOptions); outlives run().
   void set_renewed_tls(std::function<std::shared_ptr<const net::TlsMaterial>()> renewed);
+  // Every node computes in its best numeric class (cluster::ControlOptions); else in the best common
+  // one. Before run(); all nodes must agree.
+  void set_mixed_classes(bool mixed);
   // Printed on stdout by every node when the whole instance serves; empty: nothing.
   void set_success_line(std::string line);
 

@@ -404,8 +404,11 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
          {ops::NumericClass::kFma32, ops::NumericClass::kBf16Dp, ops::NumericClass::kAmx})
       if (ops::numeric_class_name(c) == generation.numeric_class) isa = ops::best_isa_of(c);
   }
-  log_info("kernels: {} (numeric class {}){}; {}", ops::isa_name(isa), generation.numeric_class,
-           ops::isa_note(), plan->cores.reason);
+  log_info(
+      "kernels: {} (numeric class {}{}){}; {}", ops::isa_name(isa),
+      ops::numeric_class_name(ops::numeric_class_of(isa)),
+      generation.numeric_class == cluster::kMixedClasses ? ", nodes may differ: --isa mixed" : "",
+      ops::isa_note(), plan->cores.reason);
 
   const cluster::Server& own = config_.table.servers[static_cast<size_t>(config_.own_server)];
   const bool several_nodes = cluster::servers_of(plan->seats) > 1;

@@ -321,6 +321,9 @@ int serve_main(int argc, char** argv) {
   CLI::App app{"Starts one node of an instance. Without a config file: --model DIR."};
   add_serve_options(app, arguments);
   app.add_option("--expert-parallel", expert_parallel, "accepted, without effect");
+  std::string isa = "common";
+  app.add_option("--isa", isa, "common (default): all nodes compute in the best numeric class that all of them have; mixed: each in its own best one, and tokens may differ. The same on all nodes")
+      ->check(CLI::IsMember({"common", "mixed"}))->envname("PHALANX_ISA");
   std::string on_loss = "wait";
   double recovery_seconds = 300;
   double drain_seconds = 3;
@@ -356,6 +359,8 @@ int serve_main(int argc, char** argv) {
   config.warnings.clear();
   for (const Problem& warning : report.warnings.list())
     config.warnings.push_back(to_string(warning));
+  if (isa == "mixed" && config.table.servers.size() == 1)
+    config.ignored.emplace_back("--isa mixed (there is one node)");
   config.recover = on_loss != "fail";
   config.shrink = on_loss == "shrink";
   config.spare_seconds = spare_seconds;
@@ -379,6 +384,7 @@ int serve_main(int argc, char** argv) {
       return std::shared_ptr<const net::TlsMaterial>(context, &context->material());
     });
   const ConfigWatch watch(config.config_path, log.level);
+  instance.set_mixed_classes(isa == "mixed");
   instance.set_success_line("Daemon start success!");
   if (instance.is_master()) instance.set_head(std::make_unique<HttpHead>(config, plan, instance, inter_node.get(), std::move(journal)));
   log_audit("system", "Start mindie server", "success");

@@ -3,6 +3,7 @@ LoRA adapters, a draft model, int8 KV, cached prefixes, experts, unequal weights
 Whatever is combined, no accepted request is lost and no token differs."""
 import concurrent.futures
 import json
+import pathlib
 import shutil
 import signal
 
@@ -271,4 +272,57 @@ def test_a_take_over_with_decided_weights(tmp_path, small, texts):
         assert ask_all(instance, KINDS[:1], disturb=kill) == texts["bf16"][:1]
         now = wait_ranks(instance, 2)
         assert [(r["node"], r["weight"]) for r in by_rank(now)] == [("127.0.0.1", 8), ("127.0.0.3", 3)]
+        instance.stop()
+
+
+def has_two_classes():
+    flags = set(pathlib.Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split())
+    return {"avx2", "avx512_bf16"} <= flags
+
+
+@pytest.mark.skipif(not has_two_classes(), reason="this machine has one numeric class only")
+def test_mixed_numeric_classes(tmp_path, small):
+    """Refused, or all in the common class, unless asked for by name on every node."""
+    weak, strong = {"PHALANX_CPU_ISA": "avx2"}, {"PHALANX_CPU_ISA": "avx512bf16"}
+    with Instance(tmp_path / "common", small, [1, 1], spares=1) as instance:
+        instance.start_node(0, **strong)
+        instance.start_node(1, **strong)
+        instance.wait_serving()
+        refused = instance.start_node(2, **weak)
+        assert refused.wait(30) == 1
+        for part in ("does not offer the numeric class bf16dp", "It offers fma32", "--isa mixed"):
+            assert part in refused.text("err"), refused.text("err")
+        other = instance.start_node(2, PHALANX_ISA="mixed", **strong)
+        assert other.wait(30) == 1
+        assert any(line.split() == ["isa", "common", "mixed"]
+                   for line in other.text("err").splitlines()), other.text("err")
+        del instance.nodes[2]
+        instance.stop()
+    with Instance(tmp_path / "weakest", small, [1, 1]) as instance:
+        instance.start_node(0, **strong)
+        instance.start_node(1, **weak)
+        instance.wait_serving()
+        instance.nodes[0].wait_for("nodes differ in their best numeric class: 127.0.0.1 bf16dp, "
+                                   "127.0.0.2 fma32. All compute in fma32", 1)
+        common = ask(instance, "demo", PROMPTS[1])
+        instance.stop()
+    with Instance(tmp_path / "mixed", small, [1, 1], spares=1,
+                  arguments=["--isa", "mixed", "--spare-seconds=0.5"]) as instance:
+        instance.start_node(0, **strong)
+        instance.start_node(1, **weak)
+        instance.start_node(2, **weak)
+        instance.wait_serving()
+        instance.nodes[0].wait_for("numeric classes are mixed, as --isa mixed allows: 127.0.0.1 bf16dp, "
+                                   "127.0.0.2 fma32", 1)
+        instance.nodes[0].wait_for("kernels: avx512bf16 (numeric class bf16dp, nodes may differ", 1)
+        instance.nodes[1].wait_for("kernels: avx2 (numeric class fma32, nodes may differ", 1)
+        assert [n["numeric_class"] for n in status(instance)["nodes"]] == ["bf16dp", "fma32", "fma32"]
+        mixed = ask(instance, "demo", PROMPTS[1])
+        assert mixed == ask(instance, "demo", PROMPTS[1]) != common
+
+        # The spare has the lost node's class, so even here no token differs.
+        def kill():
+            instance.nodes.pop(1).kill()
+            wait_generation(instance, 2)
+        assert ask_all(instance, [("demo", PROMPTS[1])], disturb=kill) == [mixed]
         instance.stop()

@@ -38,6 +38,8 @@ class TlsMaterial;
 namespace phalanx::cluster {
 
 inline constexpr int kControlVersion = 3;
+// Stands in place of a numeric class where every node computes in the best one it has.
+inline constexpr const char* kMixedClasses = "mixed";
 
 enum class NodeState { kAbsent, kJoined, kPreparing, kConnecting, kLoading, kAllocating, kReady,
                        kServing, kDraining, kStopped, kLost, kSpare };
@@ -60,7 +62,7 @@ struct NodeOffer {
 struct Generation {
   uint64_t incarnation = 0;   // random, of the master
   uint64_t number = 0;        // rises within an incarnation; the first is 1
-  std::string numeric_class;  // best one common to all nodes
+  std::string numeric_class;  // best one common to all nodes, or kMixedClasses
   comm::Token token{};
   Seating seats;              // who computes what
 };
@@ -121,6 +123,10 @@ struct ControlOptions {
   std::function<std::shared_ptr<const net::TlsMaterial>()> renewed_tls;
   JoinFacts facts;
   NodeOffer offer;
+  // Every node computes in its best numeric class, whatever the others have: results may differ
+  // from those of any one class. Else the best common one, and nodes that lack it are refused
+  // later.
+  bool mixed_classes = false;
   double join_seconds = 0;              // longest wait for all nodes; 0: for ever, with a line
   bool recover = false;                 // form a new generation after a loss (the master's counts)
   double recovery_seconds = 300;        // longest time from a loss to serving again, and longest

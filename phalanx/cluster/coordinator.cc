@@ -82,7 +82,8 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
   }
   if (generation.number == 0) {  // later nodes must offer the class of the first generation
     try {
-      generation.numeric_class = common_numeric_class(names, offers);
+      generation.numeric_class =
+          options.mixed_classes ? kMixedClasses : common_numeric_class(names, offers);
     } catch (const Error& e) {
       fault(options.own_server, e.code(), e.what(), false);
       throw_if_over(lock);
@@ -90,6 +91,7 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
     refuse_other_classes();
     decide_seats(lock);
   }
+  tell_classes(names, offers);
   ++generation.number;
   generation.token = comm::random_token();
   stage = Stage::kPhases;
@@ -168,6 +170,25 @@ void Coordinator::State::form(std::unique_lock<std::mutex>& lock) {
   }
   for (size_t i = 0; i < nodes.size(); ++i) {
     if (nodes[i].stream != 0 && !seated(static_cast<int>(i))) send_standby(static_cast<int>(i));
+  }
+}
+
+void Coordinator::State::tell_classes(const std::vector<std::string>& names,
+                                      const std::vector<NodeOffer>& offers) {
+  const BestClasses best = best_classes(names, offers);
+  if (best.text == told_classes) return;
+  told_classes = best.text;
+  if (best.equal) return;
+  if (options.mixed_classes) {
+    log_warn(
+        "numeric classes are mixed, as --isa mixed allows: {}. Tokens may differ from those of "
+        "any one class, and after another node took over ranks",
+        best.text);
+  } else {
+    log_warn(
+        "nodes differ in their best numeric class: {}. All compute in {}; --isa mixed lets each "
+        "use its own, and gives up equal tokens",
+        best.text, generation.numeric_class);
   }
 }
 

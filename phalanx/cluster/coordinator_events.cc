@@ -229,14 +229,19 @@ std::string Coordinator::State::refusal(const FromNode& message, Code& code) {
     code = Code::kUnavailable;  // the node tries again: the master may be restarting
     return fmt::format("the instance of master {} is stopping", own);
   }
-  if (generation.number > 0 &&
+  if (generation.number > 0 && !options.mixed_classes &&
       std::find(join.numeric_classes().begin(), join.numeric_classes().end(),
                 generation.numeric_class) == join.numeric_classes().end() &&
       !generation.numeric_class.empty()) {
-    return fmt::format("{} does not offer the numeric class {} that this instance computes in: its "
-                       "tokens would differ. Fix: run it on a machine that has it, without "
-                       "PHALANX_CPU_ISA",
-                       name, generation.numeric_class);
+    return fmt::format(
+        "{} does not offer the numeric class {} that this instance computes in: its "
+        "tokens would differ. It offers {}. Fix: run it on a machine that has it, "
+        "without PHALANX_CPU_ISA, or start all nodes with --isa mixed, which gives up "
+        "equal tokens",
+        name, generation.numeric_class,
+        join.numeric_classes().empty()
+            ? "none"
+            : printable(fmt::format("{}", fmt::join(join.numeric_classes(), ", ")), 200));
   }
   // Its entry is vacant, so the instance waits for it or is about to.
   if (options.recover || !seated(static_cast<int>(join.server()))) return {};

@@ -29,7 +29,7 @@ std::optional<Misfit> Coordinator::State::misfit(const Seating& seats) const {
 }
 
 void Coordinator::State::refuse_other_classes() {
-  if (generation.numeric_class.empty()) return;
+  if (generation.numeric_class.empty() || options.mixed_classes) return;
   for (size_t i = 0; i < nodes.size(); ++i) {
     Node& node = nodes[i];
     const auto& classes = node.offer.numeric_classes;
@@ -38,7 +38,8 @@ void Coordinator::State::refuse_other_classes() {
       continue;
     node.reason = fmt::format(
         "node {} does not offer the numeric class {} that this instance computes in, so it cannot "
-        "be its spare. Fix: run it on a machine that has it, without PHALANX_CPU_ISA",
+        "be its spare. Fix: run it on a machine that has it, without PHALANX_CPU_ISA, or start all "
+        "nodes with --isa mixed, which gives up equal tokens",
         node.name, generation.numeric_class);
     control::v1::FromMaster message;
     message.mutable_fail()->set_code(static_cast<int>(Code::kFailedPrecondition));

@@ -82,6 +82,8 @@ struct Coordinator::State final : ControlServer::Handler {
   [[nodiscard]] bool here(int server) const {
     return server == options.own_server || nodes[static_cast<size_t>(server)].stream != 0;
   }
+  // The classes of the nodes in this generation, where they differ: a line in the log, once.
+  void tell_classes(const std::vector<std::string>& names, const std::vector<NodeOffer>& offers);
   // Weights that the table leaves to measurement, before the first generation.
   void decide_seats(std::unique_lock<std::mutex>& lock);
   // Spares that came before the numeric class was known and lack it are refused now.
@@ -167,6 +169,7 @@ struct Coordinator::State final : ControlServer::Handler {
   Generation generation;             // the present one; its number is 0 before the first
   Seating proven_seats;              // of the generation that served last, or was decided first
   Seating full_seats;                // the same, of the last one with all ranks
+  std::string told_classes;          // by tell_classes()
   int attempts = 0;                  // in a row to serve with others than proven_seats
   int growths_failed = 0;            // in a row
   Clock::time_point give_up;         // start() ends by then unless all are there

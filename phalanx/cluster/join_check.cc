@@ -83,6 +83,19 @@ std::string common_numeric_class(const std::vector<std::string>& names,
               text + " Fix: run the same build on all nodes, without PHALANX_CPU_ISA");
 }
 
+BestClasses best_classes(const std::vector<std::string>& names,
+                         const std::vector<NodeOffer>& offers) {
+  const auto best = [](const NodeOffer& offer) {
+    return offer.numeric_classes.empty() ? std::string("none") : offer.numeric_classes.back();
+  };
+  BestClasses found;
+  for (size_t i = 0; i < offers.size(); ++i) {
+    found.text += fmt::format("{}{} {}", i == 0 ? "" : ", ", names[i], best(offers[i]));
+    found.equal = found.equal && best(offers[i]) == best(offers[0]);
+  }
+  return found;
+}
+
 int64_t unix_ms(const ControlOptions& options) {
   if (options.unix_ms) return options.unix_ms();
   return std::chrono::duration_cast<std::chrono::milliseconds>(

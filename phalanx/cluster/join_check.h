@@ -25,6 +25,14 @@ namespace phalanx::cluster {
 [[nodiscard]] std::string common_numeric_class(const std::vector<std::string>& names,
                                                const std::vector<NodeOffer>& offers);
 
+// Each node's best class: "10.0.0.1 bf16dp, 10.0.0.2 fma32"; and whether they are all equal.
+struct BestClasses {
+  std::string text;
+  bool equal = true;
+};
+[[nodiscard]] BestClasses best_classes(const std::vector<std::string>& names,
+                                       const std::vector<NodeOffer>& offers);
+
 // Text from the network, made fit for a log line: control characters replaced, length bounded.
 [[nodiscard]] std::string printable(const std::string& text, size_t max_bytes = 4000);
 

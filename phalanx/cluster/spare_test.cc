@@ -322,6 +322,44 @@ TEST_F(Returning, OneThatIsLostAgainMeanwhileIsNotWaitedFor) {
   EXPECT_EQ(servers(), (std::vector<int>{0, 2, 2, 2}));
 }
 
+TEST_F(Spare, MixedClassesAreNamedAndNobodyIsRefused) {
+  make_nodes_and_spare(3);
+  ControlOptions master = recovering(0);
+  master.mixed_classes = true;
+  make_master(master);
+  watch_losses();
+  ControlOptions weak = recovering(1);
+  weak.offer.numeric_classes = {"fma32"};
+  start_slave(1, weak);
+  ASSERT_EQ(start_master().text, "");
+  EXPECT_EQ(fakes_[0]->generation.numeric_class, kMixedClasses);
+  EXPECT_EQ(fakes_[1]->generation.numeric_class, kMixedClasses);
+  EXPECT_TRUE(wait_for_log(
+      "numeric classes are mixed, as --isa mixed allows: 127.0.0.1 amx, 127.0.0.2 fma32."));
+  ControlOptions middle = recovering(2);
+  middle.offer.numeric_classes = {"fma32", "bf16dp"};
+  start_slave(2, middle);
+  ASSERT_TRUE(fakes_[2]->wait_for_call("stand_by"));
+  slaves_[1].participant->leave("broken");
+  wait_for_loss(1);
+  ASSERT_EQ(start_master().text, "");
+  EXPECT_EQ(servers(), (std::vector<int>{0, 2, 2}));
+  EXPECT_TRUE(wait_for_log("127.0.0.1 amx, 127.0.0.3 bf16dp."));
+}
+
+TEST_F(Spare, ClassesThatDifferAreNamedAtTheStart) {
+  make_nodes(2);
+  make_master(recovering(0));
+  ControlOptions weak = recovering(1);
+  weak.offer.numeric_classes = {"fma32"};
+  start_slave(1, weak);
+  ASSERT_EQ(start_master().text, "");
+  EXPECT_EQ(fakes_[1]->generation.numeric_class, "fma32");
+  EXPECT_TRUE(
+      wait_for_log("nodes differ in their best numeric class: 127.0.0.1 amx, 127.0.0.2 "
+                   "fma32. All compute in fma32; --isa mixed"));
+}
+
 TEST_F(Spare, TooLittleMemoryForFewerRanksEndsIt) {
   make_nodes(2);
   ControlOptions master = recovering(0);
