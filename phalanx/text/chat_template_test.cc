@@ -172,6 +172,11 @@ TEST(ChatTemplate, WorkAndMemoryAreBounded) {
                      "{% set ns.x = ns.x ~ ns.x %}{% endfor %}")
                 .find("did not end within its bound of work"),
             std::string::npos);
+  EXPECT_EQ(render("{{ '{:>8}|{:.3f}|{{9999999}}'.format('ab', 1.5) }}"), "      ab|1.500|{9999999}");
+  for (const char* spec : {"{:>3000000000}", "{:.99999999999999999999f}", "{:60000}{:60000}"})
+    EXPECT_NE(error_of("{{ '" + std::string(spec) + "'.format(1, 2) }}")
+                  .find("widths and precisions add up to more than 100000"),
+              std::string::npos);
   EXPECT_NE(error_of("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").find("recursion"),
             std::string::npos);
   EXPECT_LT(Clock::now() - start, std::chrono::seconds(20));

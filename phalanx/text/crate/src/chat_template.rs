@@ -3,7 +3,8 @@ use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
+use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 use serde_json::Value as Json;
@@ -227,6 +228,43 @@ fn adapt_message(message: &mut Json, takes_parts: bool) {
     }
 }
 
+/// Widths and precisions of str.format, added up: its result is made whole before the bound of work
+/// sees it.
+fn padding_of(format: &str) -> usize {
+    const MOST: usize = 1 << 40;
+    let mut sum = 0;
+    let mut number = 0usize;
+    let mut inside = false;
+    let mut before = ' ';
+    for c in format.chars() {
+        if let (true, Some(digit)) = (inside, c.to_digit(10)) {
+            number = (number * 10 + digit as usize).min(MOST);
+            before = c;
+            continue;
+        }
+        sum = (sum + std::mem::take(&mut number)).min(MOST);
+        inside = match c {
+            '{' => !(inside && before == '{'),
+            '}' => false,
+            _ => inside,
+        };
+        before = c;
+    }
+    sum
+}
+
+/// Python's methods.
+fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    const MOST: usize = 100_000;
+    if name == "format" && value.as_str().is_some_and(|s| padding_of(s) > MOST) {
+        return Err(Error::new(
+            ErrorKind::InvalidOperation,
+            format!("format: widths and precisions add up to more than {MOST}"),
+        ));
+    }
+    unknown_method_callback(state, value, name, args)
+}
+
 fn describe(error: &Error) -> String {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(e) = source {
@@ -262,8 +300,7 @@ impl ChatTemplate {
             .map_err(|e| e.to_string())?;
         environment.set_syntax(syntax);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(method);
         environment.set_debug(true);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", tojson);
