@@ -408,7 +408,7 @@ std::vector<cluster::RankEndpoint> Node::prepare(const cluster::Generation& gene
       "kernels: {} (numeric class {}{}){}; {}", ops::isa_name(isa),
       ops::numeric_class_name(ops::numeric_class_of(isa)),
       generation.numeric_class == cluster::kMixedClasses ? ", nodes may differ: --isa mixed" : "",
-      ops::isa_note(), plan->cores.reason);
+      ops::isa_note(isa), plan->cores.reason);
 
   const cluster::Server& own = config_.table.servers[static_cast<size_t>(config_.own_server)];
   const bool several_nodes = cluster::servers_of(plan->seats) > 1;

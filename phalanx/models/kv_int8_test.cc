@@ -42,7 +42,7 @@ Continued run(const std::string& directory, KvDtype kv, uint32_t seed, size_t ra
                      .sample_all = false});
   Continued result;
   const auto all = run_steps({.directory = directory,
-                              .isa = ops::available_isas().back(),
+                              .isa = ops::default_isa(),
                               .weights = std::vector<double>(ranks, 1.0),
                               .threads = ranks == 1 ? 2 : 1,
                               .max_tokens = std::min(kPrompt, piece),
@@ -111,7 +111,7 @@ TEST(KvInt8Blocks, OfAnotherSequenceGiveTheSameBits) {
   const std::vector<int32_t> prefix(tokens.begin(), tokens.begin() + 32);
   const std::vector<int32_t> rest(tokens.begin() + 32, tokens.end());
   const RunOptions options{.directory = std::string(PHALANX_ORACLE_DIR) + "/tied_bf16",
-                           .isa = ops::available_isas().back(),
+                           .isa = ops::default_isa(),
                            .kv = KvDtype::kInt8};
   const auto whole = run_steps(options, {{.slices = {{.tokens = tokens}}}});
   // The blocks of sequence 0 hold the prefix of a longer run; then the rest is computed anew.

@@ -46,7 +46,7 @@ TEST(LongPrompt, AgreesWithTransformersOnOneTwoAndThreeRanks) {
                 << kv << "\n";
       const auto all = run_steps({.directory = directory,
                                   .isa = f32 ? ops::best_isa_of(ops::NumericClass::kFma32)
-                                             : ops::available_isas().back(),
+                                             : ops::default_isa(),
                                   .weights = weights,
                                   .max_tokens = kStep,
                                   .max_sequence = kTokens},

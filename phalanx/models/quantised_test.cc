@@ -88,7 +88,7 @@ TEST_P(FormatRanks, ChangeNoBitAndNoToken) {
   if (kThreadSanitizer && name != "ms_w8a8_f32" && name != "mixtral_ct_w8a8" &&
       name != "deepseek_v3_ms_w8a8")
     GTEST_SKIP() << "three formats are enough for threads";
-  const auto isa = ops::available_isas().back();
+  const auto isa = ops::default_isa();
   const std::vector<int32_t> reference = tokens_of(name);
   std::vector<int32_t> prompt;
   struct Generated {
@@ -173,7 +173,7 @@ TEST(FormatTable, IsThatOfTheDocumentation) {
       "deviations) | ranks with equal bits | moe_ep × moe_tp |\n|---|---|---|---|---|---|\n";
   for (const std::string& name : kNames) {
     const ModelInfo info = read_model_info(kData + name);
-    const RunOptions options = options_of(name, ops::available_isas().back());
+    const RunOptions options = options_of(name, ops::default_isa());
     const std::string kv = kv_format_text(info, options.kv);
     const double worst = difference_of(name, options.isa);
     EXPECT_LE(worst, allowed_of(name)) << name;

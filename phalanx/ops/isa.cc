@@ -155,16 +155,22 @@ const std::string& cpu::amx_refusal() {
   return refusal;
 }
 
-std::string_view isa_note() {
-  static const std::string note = ", AMX present, not used: " + cpu::amx_refusal();
-  const bool silent = cpu::amx_refusal().empty() || cpu::amx_refusal() == cpu::kNoAmx;
-  return silent ? std::string_view() : std::string_view(note);
+std::string isa_note(Isa used) {
+  if (used == Isa::kAmx || cpu::amx_refusal() == cpu::kNoAmx) return {};
+  return ", AMX present, not used: " +
+         (cpu::amx_refusal().empty() ? "PHALANX_CPU_ISA=amx asks for it" : cpu::amx_refusal());
+}
+
+Isa default_isa() {
+  std::vector<Isa> available = available_isas();
+  std::erase(available, Isa::kAmx);
+  return available.back();
 }
 
 Isa choose_isa() {
   const std::vector<Isa> available = available_isas();
   const char* wanted = std::getenv("PHALANX_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return available.back();
+  if (wanted == nullptr || *wanted == '\0') return default_isa();
   std::string names;
   for (const Isa isa : available) {
     if (isa_name(isa) == wanted) return isa;
@@ -180,7 +186,7 @@ Isa choose_isa() {
           .found = "\"" + std::string(wanted) + "\"" +
                    (wanted == isa_name(Isa::kAmx) ? " (" + cpu::amx_refusal() + ")" : ""),
           .expected = "one of " + names,
-          .fix = "unset it to use \"" + std::string(isa_name(available.back())) +
+          .fix = "unset it to use \"" + std::string(isa_name(default_isa())) +
                  "\", the best one here"}));
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -21,12 +22,15 @@ enum class NumericClass { kFma32, kBf16Dp, kAmx };
 // Paths this machine can run (and this build has), weakest first.
 [[nodiscard]] std::vector<Isa> available_isas();
 
-// The best of available_isas(), or the one named by PHALANX_CPU_ISA. Throws
-// Error(kInvalidArgument) naming the choices when the machine lacks it.
+// The best of available_isas() but for kAmx, which nobody has measured on hardware: it has to be named.
+[[nodiscard]] Isa default_isa();
+
+// default_isa(), or the one named by PHALANX_CPU_ISA. Throws Error(kInvalidArgument) naming the choices
+// when the machine lacks it.
 [[nodiscard]] Isa choose_isa();
 
-// To follow a path's name: ", AMX present, not used: " and why (cpu/amx.h), or "".
-[[nodiscard]] std::string_view isa_note();
+// To follow the name of the path in use: ", AMX present, not used: " and why, or "".
+[[nodiscard]] std::string isa_note(Isa used);
 
 // Rises whenever the bits of any kernel change; must agree between nodes.
 inline constexpr int kNumericsVersion = 4;

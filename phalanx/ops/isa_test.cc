@@ -32,7 +32,8 @@ TEST(Isa, BestIsChosenUnlessOneIsNamed) {
   EXPECT_EQ(available.front(), Isa::kRef);
   {
     Environment none(nullptr);
-    EXPECT_EQ(choose_isa(), available.back());
+    EXPECT_EQ(choose_isa(), default_isa());
+    EXPECT_NE(choose_isa(), Isa::kAmx);
   }
   for (const Isa isa : available) {
     Environment named(std::string(isa_name(isa)).c_str());
@@ -60,23 +61,22 @@ TEST(Isa, AbsentPathIsRefusedWithTheChoices) {
   }
 }
 
-TEST(Isa, AmxIsUsedOrRefusedForAReason) {
+TEST(Isa, AmxHasToBeNamedOrIsRefusedForAReason) {
   std::ifstream cpuinfo("/proc/cpuinfo");
   bool amx = false;
   for (std::string word; cpuinfo >> word;) amx |= word == "amx_tile";
-  const bool used = available_isas().back() == Isa::kAmx;
-  EXPECT_EQ(used, cpu::amx_refusal().empty());
-  if (used) {
+  const bool offered = available_isas().back() == Isa::kAmx;
+  EXPECT_EQ(offered, cpu::amx_refusal().empty());
+  EXPECT_EQ(isa_note(Isa::kAmx), "");
+  const std::string note = isa_note(default_isa());
+  if (offered) {
     EXPECT_TRUE(amx);
-    EXPECT_EQ(isa_note(), "");
-  } else if (amx) {
-    EXPECT_NE(cpu::amx_refusal(), "");
-    if (cpu::amx_refusal() != cpu::kNoAmx) {  // else tiles without products of bf16 or int8
-      EXPECT_EQ(isa_note(), ", AMX present, not used: " + cpu::amx_refusal());
-    }
-  } else {
+    EXPECT_EQ(note, ", AMX present, not used: PHALANX_CPU_ISA=amx asks for it");
+  } else if (amx && cpu::amx_refusal() != cpu::kNoAmx) {
+    EXPECT_EQ(note, ", AMX present, not used: " + cpu::amx_refusal());
+  } else {  // nor where there are tiles without products of bf16 or int8
     EXPECT_EQ(cpu::amx_refusal(), cpu::kNoAmx);
-    EXPECT_EQ(isa_note(), "");
+    EXPECT_EQ(note, "");
   }
 }
 
