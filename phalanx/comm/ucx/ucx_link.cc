@@ -30,6 +30,7 @@ constexpr int64_t kLookEveryNs = 1'000'000;
 constexpr int kEvidenceMs = 30;  // for the reason of a failed connection to arrive
 constexpr std::chrono::seconds kArrival{2};   // for what a peer sent before it left
 constexpr std::chrono::seconds kClosing{1};
+constexpr std::chrono::milliseconds kFlushing{200};  // the peer takes part, and may be busy
 
 // --- the library ---------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ constexpr std::chrono::seconds kClosing{1};
   X(ucp_init_version) X(ucp_cleanup) X(ucp_worker_create) X(ucp_worker_destroy)                    \
   X(ucp_worker_get_address) X(ucp_worker_release_address) X(ucp_worker_get_efd) X(ucp_worker_arm)  \
   X(ucp_worker_progress) X(ucp_ep_create) X(ucp_ep_close_nbx)                                      \
-  X(ucp_stream_send_nbx) X(ucp_stream_recv_data_nb) X(ucp_stream_data_release)                     \
+  X(ucp_ep_flush_nbx) X(ucp_stream_send_nbx) X(ucp_stream_recv_data_nb) X(ucp_stream_data_release)                     \
   X(ucp_request_check_status) X(ucp_request_free) X(ucs_status_string)
 
 struct Ucx {
@@ -374,7 +375,7 @@ class Endpoint final : public UcxLink {
     return total;
   }
 
-  Peer look_at_channel(Farewell* farewell) {
+  Peer channel_says(Farewell* farewell) {
     Peer peer = channel_->look(farewell);
     if (peer != Peer::kAlive || !failed_) return peer;
     if (!waited_) {  // a peer that closes its endpoint says why, on the channel
@@ -384,6 +385,11 @@ class Endpoint final : public UcxLink {
       peer = channel_->look(farewell);
     }
     return peer == Peer::kAlive ? Peer::kGone : peer;
+  }
+  Peer look_at_channel(Farewell* farewell) {
+    const Peer peer = channel_says(farewell);
+    peer_ended_ = peer_ended_ || peer != Peer::kAlive;
+    return peer;
   }
 
   // What the peer said when it left; null while it has not left.
@@ -414,9 +420,16 @@ class Endpoint final : public UcxLink {
     return received_.load(std::memory_order_relaxed) >= parting()->sent || arrival_.passed();
   }
 
-  // By force, since a close in order asks the peer, who may be long busy with something else.
+  // By force, since a close in order asks the peer, who may be long busy with something else. What UCX
+  // still holds goes out first.
   void close() {
     worker_->progress();
+    if (!failed_ && !peer_ended_) {
+      void* flush = start([&] { return ucx_.ucp_ep_flush_nbx(endpoint_, &plain_); });
+      const Deadline deadline = Deadline::in(kFlushing);
+      while (!done(&flush) && !failed_ && !deadline.passed()) worker_->progress();
+      if (flush != nullptr) ucx_.ucp_request_free(flush);
+    }
     for (const Arrived& one : arrived_) ucx_.ucp_stream_data_release(endpoint_, one.data);
     arrived_.clear();
     ucp_request_param_t param{};
@@ -451,6 +464,7 @@ class Endpoint final : public UcxLink {
   std::atomic<uint64_t> received_{0};
   int64_t looked_ns_ = 0;
   bool waited_ = false;
+  bool peer_ended_ = false;
   std::optional<Account> parting_;
   Deadline arrival_ = Deadline::in(kArrival);  // with parting_: what was sent must be here by then
 };
