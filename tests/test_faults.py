@@ -44,7 +44,7 @@ def wait_running(instance, count):
         running = json.loads(instance.get("/v1/status")[1])["resource"]["runningRequestNum"]
         if running >= count:
             return
-        time.sleep(0.05)
+        time.sleep(0.01)
     raise AssertionError(f"{count} requests were not running within 20 s")
 
 

@@ -50,7 +50,7 @@ def with_adapters(instance, modules):
     return instance
 
 
-OUTPUT = 96  # enough for a loss in the middle
+OUTPUT = 256  # enough for a loss in the middle
 
 
 def ask(instance, model, prompt, count=OUTPUT):
@@ -201,18 +201,18 @@ def test_experts_that_were_whole_on_a_lost_rank(tmp_path, model):
                         arguments=["--on-loss=shrink", "--recovery-seconds=1.5", "--spare-seconds=0.5"])
     with instance:
         instance.start()
-        expected = ask_all(instance, kinds)
+        expected = ask_all(instance, kinds, count=512)  # of 2 ms
 
         def kill():
             instance.nodes.pop(1).kill()
             wait_generation(instance, 2)
-        assert ask_all(instance, kinds, disturb=kill) == expected
+        assert ask_all(instance, kinds, disturb=kill, count=512) == expected
         assert len(wait_ranks(instance, 1)["ranks"]) == 1
 
         def come_back():
             instance.start_node(1).wait_for(SUCCESS, 30, stream="out")
             wait_generation(instance, 3)
-        assert ask_all(instance, kinds, disturb=come_back) == expected
+        assert ask_all(instance, kinds, disturb=come_back, count=512) == expected
         instance.stop()
 
 
