@@ -222,7 +222,9 @@ class OutOfReach : public Recovery, public testing::WithParamInterface<bool> {};
 
 TEST_P(OutOfReach, IsToldOfTheStopWhenItReturns) {
   make_nodes(3);
-  make_master(recovering(0));
+  ControlOptions patient = recovering(0);
+  patient.lost_seconds = 4;
+  make_master(patient);
   watch_losses();
   Relay relay(next_port(), port_);
   ControlOptions behind = recovering(2);
